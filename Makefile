@@ -1,0 +1,27 @@
+# Every target makes its own environment in .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint matrix clean
+
+demo: .venv/examples
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest -m "not slow and not cuda"
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+matrix: .venv/dev
+	$(BIN)/python -m pytest -m slow tests/test_matrix.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist outputs
+
+.venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@

@@ -1,0 +1,214 @@
+"""The equations of DRIFA's attention, with the weights passed in.
+
+This file is the reference for every layer, test and fused op of the package. Axes: `b` batch, `c` channels, `n` positions
+(pixels, voxels, tokens; 1 for a vector), `m` modalities, `r` the three poolings (min, mean, max). A layer's weights come as
+a `Linear`: the pair (weight `out in`, bias `out`).
+
+Precision: a map of positions is computed in the dtype of `x`, except that float16, whose range an unbounded product can
+leave, is computed in float32. Pooled vectors and gates are computed in float32, or in float64 when `x` is. Autocast never
+lowers either.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+Linear = tuple[Tensor, Tensor]
+
+
+def exact(x: Tensor) -> AbstractContextManager:
+    """The context the equations run in: autocast off, so that each dtype above is the one written here."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def vector_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of pooled vectors and gates: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def as_map(x: Tensor) -> Tensor:
+    """`x` in the dtype its maps are computed in: float32 for float16, its own otherwise."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def lin(x: Tensor, linear: Linear) -> Tensor:
+    """`W x + bias`, the same matrix at every position: `b c n -> b d n`.
+
+    Written as the 1x1 convolution it is: of PyTorch's ways to spell it, the fastest on a CPU, forward and backward, in both
+    layouts.
+    """
+    weight, bias = linear
+    return F.conv1d(x, rearrange(weight.to(x.dtype), "d c -> d c 1"), bias.to(x.dtype))
+
+
+def dense(v: Tensor, linear: Linear) -> Tensor:
+    """`W v + bias` on a pooled vector, in its dtype: `... c -> ... d`."""
+    weight, bias = linear
+    return F.linear(v, weight.to(v.dtype), bias.to(v.dtype))
+
+
+def pool_mean(x: Tensor) -> Tensor:
+    """Mean over positions, accumulated in float32 at least: `b c n -> b c`."""
+    return x.mean(-1, dtype=vector_dtype(x))
+
+
+def pool_max(x: Tensor) -> Tensor:
+    """Maximum over positions; tied positions share its gradient equally: `b c n -> b c`."""
+    return x.amax(-1).to(vector_dtype(x))
+
+
+def pool_min(x: Tensor) -> Tensor:
+    """Minimum over positions; tied positions share its gradient equally: `b c n -> b c`."""
+    return x.amin(-1).to(vector_dtype(x))
+
+
+def hifa(x: Tensor, conv1: Linear, conv2: Linear, conv3: Linear, conv4: Linear, dense_: Linear) -> Tensor:
+    """Hierarchical information fusion attention (Fig. 2).
+
+        h1 = σ(lin(conv1, x))          h2 = σ(lin(conv2, h1))
+        h3 = σ(lin(conv3, h1 + h2))    h4 = σ(lin(conv4, h3))
+        u  = mean(h1) + max(h2)        v  = mean(h3) + max(h4)
+        G  = σ(lin(dense, [u ; v]))
+
+    Shape: x `b c n` -> G `b c`; the convolutions are `c c`, dense is `c 2c`.
+    Differs: none.
+    """
+    x = as_map(x)
+    h1 = lin(x, conv1).sigmoid()
+    h2 = lin(h1, conv2).sigmoid()
+    h3 = lin(h1 + h2, conv3).sigmoid()
+    h4 = lin(h3, conv4).sigmoid()
+    u = pool_mean(h1) + pool_max(h2)
+    v = pool_mean(h3) + pool_max(h4)
+    return dense(torch.cat([u, v], dim=1), dense_).sigmoid()
+
+
+def clia(x: Tensor, conv1: Linear, conv2: Linear) -> Tensor:
+    """Channel-wise local information attention (Fig. 2).
+
+        p = mean(σ(lin(conv1, x)))    L = p + σ(lin(conv2, p))
+
+    Shape: x `b c n` -> L `b c`.
+    Differs: none.
+    """
+    p = pool_mean(lin(as_map(x), conv1).sigmoid())
+    return p + dense(p, conv2).sigmoid()
+
+
+def fusion_gate(
+    global_info: Tensor, local_info: Tensor, global_scale: Tensor, local_scale: Tensor, expand: Linear | None = None
+) -> Tensor:
+    """The gate both attentions end in: `a = σ(global_scale · G + local_scale · L)`.
+
+    With `expand`, the sum is first mapped from the reduced width to the channels: `a = σ(lin(expand, …))`.
+
+    Shape: G and L `b d`, global_scale `1`, local_scale `d` -> a `b c` (c = d without `expand`), in (0, 1).
+    Differs: `expand` is not in the paper.
+    """
+    dtype = global_info.dtype
+    fused = global_scale.to(dtype) * global_info + local_scale.to(dtype) * local_info
+    return (fused if expand is None else dense(fused, expand)).sigmoid()
+
+
+def gain(a: Tensor, alpha: Tensor, strength: Tensor | None = None) -> Tensor:
+    """The factor a feature is multiplied by: `a · alpha`, or with an identity start `1 + strength · (a · alpha − 1)`.
+
+    Shape: a `b c`, alpha and strength `c` -> `b c`. At strength 0 it is 1 to the last bit.
+    Differs: `strength` is not in the paper; None is the paper.
+    """
+    factor = a * alpha.to(a.dtype)
+    return factor if strength is None else 1 + strength.to(a.dtype) * (factor - 1)
+
+
+def mfa(
+    x: Tensor,
+    hifa_weights: Sequence[Linear],
+    clia_weights: Sequence[Linear],
+    global_scale: Tensor,
+    local_scale: Tensor,
+    *,
+    squeeze: Linear | None = None,
+    expand: Linear | None = None,
+) -> Tensor:
+    """The gate of multi-branch fusion attention (Fig. 2): `a = σ(global_scale · HIFA(x) + local_scale · CLIA(x))`.
+
+    The features are then `y = x · gain(a, alpha)`. With `squeeze` (c -> d) HIFA and CLIA read `lin(squeeze, x)`.
+
+    Shape: x `b c n` -> a `b c`, in (0, 1).
+    Differs: `squeeze` and `expand` are not in the paper; None is the paper.
+    """
+    with exact(x):
+        x = as_map(x)
+        z = x if squeeze is None else lin(x, squeeze)
+        return fusion_gate(hifa(z, *hifa_weights), clia(z, *clia_weights), global_scale, local_scale, expand)
+
+
+def pool_modalities(xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+    """`Σ_i r(x_i)` for r in (min, mean, max), over the modalities each sample has: m times `b c n_i` -> `r b c`."""
+    pools = torch.stack([torch.stack([pool_min(x), pool_mean(x), pool_max(x)]) for x in xs])  # m r b c
+    if present is not None:
+        pools = torch.where(rearrange(present, "b m -> m 1 b 1"), pools, 0)
+    return reduce(pools, "m r b c -> r b c", "sum")
+
+
+def mask_absent(xs: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
+    """Zeros where a modality is absent, so that what it holds, NaN included, reaches no gate and no gradient."""
+    if present is None:
+        return list(xs)
+    return [torch.where(rearrange(has, "b -> b 1 1"), x, 0) for x, has in zip(xs, present.unbind(1), strict=True)]
+
+
+def mgifa(xs: Sequence[Tensor], dense_: Linear, present: Tensor | None = None) -> Tensor:
+    """Multimodal global information fusion attention (Fig. 3): `G = Σ_r σ(lin(dense, Σ_i r(x_i)))`, one dense for all r.
+
+    Shape: m times x_i `b c n_i` (the n_i may differ), present `b m` -> G `b c`.
+    Differs: `present` is not in the paper; None is the paper.
+    """
+    pools = pool_modalities([as_map(x) for x in xs], present)
+    return reduce(dense(pools, dense_).sigmoid(), "r b c -> b c", "sum")
+
+
+def mlifa(xs: Sequence[Tensor], convs: Sequence[Linear], present: Tensor | None = None) -> Tensor:
+    """Multimodal local information fusion attention (Fig. 3): `L = Σ_r Σ_i r(t_i)`, `t_i = σ(lin(convs[i], x_i))`.
+
+    Shape: m times x_i `b c n_i` (the n_i may differ), present `b m` -> L `b c`.
+    Differs: `present` is not in the paper; None is the paper.
+    """
+    maps = [lin(as_map(x), conv).sigmoid() for x, conv in zip(xs, convs, strict=True)]
+    return reduce(pool_modalities(maps, present), "r b c -> b c", "sum")
+
+
+def mifa(
+    xs: Sequence[Tensor],
+    mgifa_dense: Linear,
+    mlifa_convs: Sequence[Linear],
+    global_scale: Tensor,
+    local_scale: Tensor,
+    *,
+    present: Tensor | None = None,
+    squeezes: Sequence[Linear] | None = None,
+    expands: Sequence[Linear] | None = None,
+) -> list[Tensor]:
+    """The gates of multimodal information fusion attention (Fig. 3): `a = σ(global_scale · G + local_scale · L)`.
+
+    One gate for all modalities; the features are then `y_i = x_i · gain(a, alphas[i])`. With `squeezes` (c_i -> d) all
+    modalities are read at one width d, and `expands` (d -> c_i) reads each modality's gate off the shared sum. What an
+    absent modality holds, NaN included, reaches neither a gate nor a gradient.
+
+    Shape: m times x_i `b c_i n_i`, present `b m` -> m times a_i `b c_i`, in (0, 1).
+    Differs: `present`, `squeezes` and `expands` are not in the paper; None is the paper.
+    """
+    with exact(xs[0]):
+        xs = mask_absent([as_map(x) for x in xs], present)
+        zs = xs if squeezes is None else [lin(x, squeeze) for x, squeeze in zip(xs, squeezes, strict=True)]
+        global_info, local_info = mgifa(zs, mgifa_dense, present), mlifa(zs, mlifa_convs, present)
+        if expands is None:
+            return [fusion_gate(global_info, local_info, global_scale, local_scale)] * len(xs)
+        return [fusion_gate(global_info, local_info, global_scale, local_scale, expand) for expand in expands]

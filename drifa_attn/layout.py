@@ -1,0 +1,64 @@
+"""Where the channels are: feature layouts in einops notation, and their way to `b c n` and back.
+
+`"b c ..."` holds maps (`b c h w`), volumes (`b c d h w`), sequences (`b c l`) and vectors (`b c`); `"b ... c"` holds
+channels-last maps (`b h w c`) and tokens (`b n c`), of which the first `prefix` (class token, registers) are no positions.
+"""
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Layout = Literal["b c ...", "b ... c"]
+LAYOUTS = ("b c ...", "b ... c")
+
+
+def check_layout(owner: str, layout: str, prefix: int) -> None:
+    """Raise a `ValueError` unless `layout` is known and `prefix` fits it."""
+    if layout not in LAYOUTS:
+        raise ValueError(f'{owner} expected layout "b c ..." or "b ... c", got {layout!r}.')
+    if not isinstance(prefix, int) or isinstance(prefix, bool) or prefix < 0:
+        raise ValueError(f"{owner} expected prefix to be an integer >= 0 (number of prefix tokens), got {prefix!r}.")
+    if prefix and layout == "b c ...":
+        raise ValueError(f'{owner} got prefix={prefix} with layout "b c ...": prefix tokens need layout "b ... c".')
+
+
+def check_features(owner: str, x: Tensor, channels: int, layout: Layout, prefix: int = 0) -> None:
+    """Raise a `TypeError` or `ValueError` unless `x` is a floating tensor of this layout with these channels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner} expected a tensor, got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise TypeError(f"{owner} expected a floating-point tensor, got {x.dtype}: convert it, e.g. x.float().")
+    if torch.jit.is_tracing():  # sizes are tensors there, and a comparison would be baked in with a warning
+        return
+    axis = 1 if layout == "b c ..." else -1
+    if x.ndim < 2 + bool(prefix) or x.shape[axis] != channels:
+        raise ValueError(
+            f'{owner} expected x "{layout}" with c={channels}, got {tuple(x.shape)}: '
+            f"build it with the channels of axis {axis}, or name the layout its features have."
+        )
+    positions = x.shape[2:] if axis == 1 else x.shape[1:-1]
+    if 0 in positions or (prefix and x.ndim != 3) or (prefix and x.shape[1] <= prefix):
+        raise ValueError(
+            f'{owner} expected x "{layout}" with at least one position'
+            f"{f' after {prefix} prefix tokens (b n c)' if prefix else ''}, got {tuple(x.shape)}."
+        )
+
+
+def positions(x: Tensor, layout: Layout, prefix: int = 0) -> Tensor:
+    """The positions attention reads, as a view where strides allow: any layout -> `b c n`."""
+    if layout == "b c ...":
+        return rearrange(x, "b c ... -> b c (...)")
+    return rearrange(x[:, prefix:] if prefix else x, "b ... c -> b c (...)")
+
+
+def scale(x: Tensor, factor: Tensor, layout: Layout, prefix: int = 0) -> Tensor:
+    """`x · factor` with one factor a channel (`b c`); dtype, strides and prefix tokens stay those of `x`."""
+    ones = " ".join("1" * (x.ndim - 2))
+    target = f"b c {ones}" if layout == "b c ..." else f"b {ones} c"
+    factor = rearrange(factor.to(x.dtype), f"b c -> {target}")
+    if prefix:
+        is_position = torch.arange(x.shape[1], device=x.device) >= prefix
+        factor = torch.where(rearrange(is_position, "n -> n 1"), factor, 1)
+    return x * factor
