@@ -6,6 +6,7 @@ a module-level class, so networks that carry it copy, pickle, compile and export
 the child as one of its steps; then of the nearest module around it that is none, or else within it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,12 @@ class Site:
     def name(self) -> str:
         """The module's name, with the tensor's place in its output where that is not the whole."""
         return self.module + "".join(f"[{key}]" for key in self.path)
+
+    @property
+    def positions(self) -> int:
+        """How many positions it has, prefix tokens left out."""
+        spatial = self.shape[1:] if self.layout == "b c ..." else self.shape[:-1]
+        return math.prod(spatial) - self.prefix
 
 
 class AttentionHook:

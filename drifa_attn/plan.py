@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .inject import Site, attach, build, detach, hooks
 from .layout import Layout, check_layout
 from .mfa import MFA, Init, check_count, check_init
 from .sites import Survey
+from .trace import FlopCount
 
 At = str | Sequence[str] | Callable[[str, nn.Module], bool]
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -133,9 +133,9 @@ def cost(channels: int, layout: Layout, prefix: int, shape: tuple[int, ...], red
     """Parameters and FLOPs for one sample of the attention at a feature, counted on the meta device."""
     site = Site("", (), channels, layout, prefix, shape)
     attention = build(site, reduction=reduction, init="identity", device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCount() as counter:
         attention(torch.empty(1, *shape, device="meta"))
-    return sum(p.numel() for p in attention.parameters()), counter.get_total_flops()
+    return sum(p.numel() for p in attention.parameters()), counter.total
 
 
 class RunByOwnerError(Exception):
@@ -201,7 +201,7 @@ def plan(
         variant: "paper" is the RRA form, MFA after the convolutions inside each residual block (projections left out) and
             after the block, dense, paper init; it sets `at`, `reduction` and `init` itself.
         reduction: the width of attention is `max(channels // reduction, 8)`; None is the paper's full width, 8c² + 9c + 1
-            parameters a site: at every block of a ResNet-50 that is +630 % parameters and +800 % FLOPs.
+            parameters a site: at every block of a ResNet-50 that is +630 % parameters and +404 % FLOPs.
         init: "identity" (outputs unchanged to the last bit until trained) or "paper".
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes and dtypes are read. None
             tries the size the network states (`pretrained_cfg`, `img_size`), then 224.
@@ -246,6 +246,7 @@ def plan(
             raise ValueError(f"{survey.title}: no attention can go at {name!r}: {'; '.join(reasons)}.")
     if not sites:
         looked = [f"{name}: {reason}" for name, reason in skipped] or [f"{n} ({type(m).__name__})" for n, m in survey.outline()]
+        looked = looked or ["no module: the network has none"]
         raise ValueError(
             f"{survey.title} has nothing that attention can go into with at={at!r}. Looked at:\n  "
             + "\n  ".join(looked)

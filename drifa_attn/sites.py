@@ -6,6 +6,7 @@ tokens are no positions (prefix), and what the network's result depends on (live
 """
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -20,6 +21,7 @@ from .trace import MOST_PREFIX, Leaf, Path, Trace, map_tensors, meta_clone, tens
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CHANNELS_FIRST = (*CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+BLOCK_NAMES = re.compile("Block|Bottleneck|Residual")
 LARGER = (16, 128, 256)  # added to the last axes in the second trace: twice and more the largest stride in use
 
 
@@ -85,9 +87,10 @@ class Survey:
             except Exception as exception:  # noqa: BLE001 - a network may fail in any way on a guessed input
                 error = exception
         tried = ", ".join(str([tuple(t.shape) for _, t in tensors_in(inputs)]) for inputs in candidates)
+        advice = "check" if example_input is not None else "pass"
         raise ValueError(
-            f"{self.title} could not be traced on the meta device with inputs {tried}: {type(error).__name__}: {error} "
-            "Pass example_input=, or wrap the part that maps a tensor to features (a detector's .backbone)."
+            f"{self.title} could not be traced on the meta device with inputs {tried} ({type(error).__name__}: {error}): "
+            f"{advice} example_input=, or wrap the part that maps a tensor to features, such as a detector's .backbone."
         ) from error
 
     def trace_second(self) -> tuple[Trace | None, bool]:
@@ -100,8 +103,8 @@ class Survey:
                 continue
         return None, False
 
-    def site(self, name: str, path: Path, channels: Collection[int] = (), layout: Layout | None = None) -> Site | str:
-        """The site of one tensor of a module's output, or the reason why it cannot be one."""
+    def feature(self, name: str, path: Path, channels: Collection[int] = (), layout: Layout | None = None) -> Site | str:
+        """One tensor of a module's output as a site, live or not, or the reason why it cannot be one."""
         leaf = self.first.calls[name].leaves[path]
         other = self.second.calls[name].leaves.get(path) if self.second and name in self.second.calls else None
         if not leaf.is_floating or len(leaf.shape) < 2:
@@ -115,29 +118,35 @@ class Survey:
             return f"which axis of its output {leaf.shape} holds the channels is undecided: name it in layouts="
         tokens_last = axis != 1 and len(leaf.shape) > 2
         prefix = self.prefix(leaf, other) if tokens_last and len(leaf.shape) == 3 else 0
-        if not self.first.is_live(leaf, prefix):
-            what = f"all but its {prefix} prefix tokens are" if prefix else "its output is"
-            return f"{what} discarded: the network's result does not depend on it"
         return Site(name, path, leaf.shape[axis], "b ... c" if tokens_last else "b c ...", prefix, leaf.shape[1:])
+
+    def features(self, name: str, channels: Collection[int] = (), layout: Layout | None = None) -> dict[Path, Site | str]:
+        """Every tensor of a module's output as `feature` sees it; beside maps, a single token has nothing to pool over."""
+        call = self.first.calls.get(name)
+        if call is None:
+            return {(): "it is not called"}
+        if call.count != 1:
+            return {(): f"it is called {call.count} times in one forward"}
+        found = {path: self.feature(name, path, channels, layout) for path in call.leaves}
+        if not found:
+            return {(): "its output holds no tensor"}
+        if any(isinstance(site, Site) and site.positions > 1 for site in found.values()):
+            for path, site in found.items():
+                if isinstance(site, Site) and site.positions == 1:
+                    found[path] = "it is a single position beside maps"
+        return found
 
     def sites(self, name: str, channels: Collection[int] = (), layout: Layout | None = None) -> tuple[list[Site], list[str]]:
         """The sites of a module's output, and the reasons against those of its tensors that are none."""
-        call = self.first.calls.get(name)
-        if call is None:
-            return [], ["it is not called"]
-        if call.count != 1:
-            return [], [f"it is called {call.count} times in one forward"]
-        if not call.leaves:
-            return [], ["its output holds no tensor"]
-        found = {path: self.site(name, path, channels, layout) for path in call.leaves}
-        sites = [site for site in found.values() if isinstance(site, Site)]
-        if len(call.leaves) > 1:  # beside maps, a single token has nothing to pool over
-            sites = [s for s in sites if math.prod(positions(s)) > 1 or all(math.prod(positions(o)) == 1 for o in sites)]
-        reasons = [
-            reason if not path else f"[{']['.join(map(str, path))}] {reason}"
-            for path, reason in found.items()
-            if isinstance(reason, str)
-        ]
+        sites, reasons = [], []
+        for path, site in self.features(name, channels, layout).items():
+            if isinstance(site, Site) and not self.first.is_live(self.first.calls[name].leaves[path], site.prefix):
+                what = f"all but its {site.prefix} prefix tokens are" if site.prefix else "its output is"
+                site = f"{what} discarded: the network's result does not depend on it"
+            if isinstance(site, Site):
+                sites.append(site)
+            else:
+                reasons.append("".join(f"[{key}]" for key in path) + " " * bool(path) + site)
         return sites, reasons
 
     def channel_axis(self, name: str, leaf: Leaf, other: Leaf | None, channels: Collection[int]) -> int | None:
@@ -151,8 +160,7 @@ class Survey:
                 return still[0]
             axes = still or axes
         last = self.last_parametric(name)
-        weight = getattr(last, "weight", getattr(last, "gamma", None))
-        width = {weight.shape[0]} if isinstance(weight, Tensor) and weight.ndim else ()
+        width = {p.shape[0] for p in last.parameters(recurse=False) if p.ndim} if last else ()
         for known in (channels, width):
             fitting = [axis for axis in axes if leaf.shape[axis] in known]
             if len(fitting) == 1:
@@ -191,15 +199,17 @@ class Survey:
         return islice(((name, module) for name, module in self.modules.items() if name), 20)
 
     def is_candidate(self, name: str) -> bool:
-        """Whether a module can be a block: inside the network, no pyramid or head (which take or give dicts), with a site."""
-        return bool(name) and not self.first.calls[name].is_dict and bool(self.sites(name)[0])
+        """Whether a module can be a block: not the network, no pyramid or head (they take or give dicts), its output a map."""
+        if not name or self.first.calls[name].is_dict:
+            return False
+        return any(isinstance(site, Site) and site.positions > 1 for site in self.features(name).values())
 
     def lifted(self, name: str) -> str:
         """The element of a stack around a module with a residual inside, or the module itself if there is none."""
         element = name
         while element:
             parent = element.rpartition(".")[0]
-            if isinstance(self.modules[parent], CONTAINERS):
+            if isinstance(self.modules[parent], CONTAINERS) and element in self.first.calls:
                 kind = type(self.modules[element])
                 alike = sum(type(self.modules[other]) is kind for other in self.first.calls)
                 return element if alike > 1 else name
@@ -209,19 +219,23 @@ class Survey:
     def blocks(self) -> list[str]:
         """The residual blocks in calling order: innermost modules that add to what they read, and all of their classes.
 
-        Where those hold less than half of the weights, modules that concatenate count too (dense and inception blocks).
+        Where those hold less than half of the weights, modules that concatenate count too (dense and inception blocks); where
+        there are none, modules whose class is called a block.
         """
-        found = self.closed({self.lifted(frame) for frame, _, _ in self.first.additions})
+        found = self.closed({frame for frame, _, _ in self.first.additions})
         if self.share(found) < 0.5:
-            found = self.closed(found | {self.lifted(frame) for frame in self.first.concatenations})
+            found = self.closed(found | self.first.concatenations)
+        if not found:
+            found = self.closed({name for name in self.first.calls if BLOCK_NAMES.search(type(self.modules[name]).__name__)})
         return sorted(found, key=lambda name: self.first.calls[name].order)
 
-    def closed(self, names: set[str]) -> set[str]:
-        """All modules of the classes of these, as far as they can be blocks, the innermost of nested ones."""
+    def closed(self, frames: set[str]) -> set[str]:
+        """The stack elements around these modules, and all modules of their classes: the innermost of nested ones."""
+        names = {self.lifted(frame) for frame in frames}
         kinds = {type(self.modules[name]) for name in names} - set(CONTAINERS)
-        every = {name for name in self.first.calls if name in names or type(self.modules[name]) in kinds}
-        every = {name for name in every if self.is_candidate(name)}
-        return {name for name in every if not any(other.startswith(f"{name}.") for other in every)}
+        names |= {self.lifted(name) for name in self.first.calls if type(self.modules[name]) in kinds}
+        names = {name for name in names if self.is_candidate(name)}
+        return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
     def share(self, names: set[str]) -> float:
         """The share of the network's weights, heads left out, that lies in these modules."""
@@ -236,10 +250,10 @@ class Survey:
         left_out = set() if shortcuts else self.shortcuts()
         return [
             name
-            for name, call in sorted(self.first.calls.items(), key=lambda item: item[1].order)
+            for name in sorted(self.first.calls, key=lambda name: self.first.calls[name].order)
             if isinstance(self.modules[name], CONVOLUTIONS) and name in self.first.normed and name not in left_out
             if not blocks or any(name.startswith(f"{block}.") for block in blocks)
-            if call.leaves and math.prod(call.leaves[()].shape[2:]) > 1
+            if self.is_candidate(name)
         ]
 
     def shortcuts(self) -> set[str]:
@@ -259,8 +273,9 @@ class Survey:
     def stages(self) -> dict[str, list[int]]:
         """The ends of the stages, with their channels where the network states them.
 
-        `feature_info` if at least half of its entries can be sites, else the last live block of every width and resolution,
-        else (networks without blocks) the last layer before every change of resolution or, for vectors, of width.
+        `feature_info` if at least half of its entries can be sites, else the last live block of every shape (every block where
+        all have one shape, as in plain transformers), else, in networks without blocks, the last layer of every resolution or,
+        for vectors, of every width.
         """
         stated: dict[str, list[int]] = {}
         for name, channels in self.feature_info:
@@ -268,20 +283,32 @@ class Survey:
         usable = [name for name, channels in stated.items() if self.sites(name, channels)[0]]
         if usable and 2 * len(usable) >= len(stated):
             return stated
-        return {name: [] for name in self.last_of_each(self.blocks()) or self.last_of_each(self.layers())}
+        return {name: [] for name in self.block_stages() or self.layer_stages()}
 
-    def layers(self) -> list[str]:
-        """The innermost modules before the network's head, in calling order."""
-        leaves = [name for name in self.first.calls if not next(self.modules[name].children(), None)]
-        leaves = [name for name in leaves if self.is_candidate(name) and name not in self.first.output_producers]
-        leaves.sort(key=lambda name: self.first.calls[name].order)
-        maps = [name for name in leaves if math.prod(positions(self.sites(name)[0][0])) > 1]
-        return maps or leaves
+    def block_stages(self) -> list[str]:
+        """The last live block of every shape of output; all blocks if there is one shape."""
+        last = {}
+        blocks = self.blocks()
+        for name in blocks:
+            if sites := self.sites(name)[0]:
+                last[tuple(site.shape for site in sites)] = name
+        return blocks if len(last) == 1 else list(last.values())
 
-    def last_of_each(self, names: list[str]) -> list[str]:
-        """The last module of each shape of output."""
-        last = {tuple(site.shape for site in self.sites(name)[0]): name for name in names}
-        return sorted(last.values(), key=lambda name: self.first.calls[name].order)
+    def layer_stages(self) -> list[str]:
+        """The last innermost module of every resolution (of every width, for vectors) with weights; the head is left out."""
+        last: dict[Any, str] = {}
+        weighted = set()
+        for name in sorted(self.first.calls, key=lambda name: self.first.calls[name].order):
+            module = self.modules[name]
+            sites, _ = self.sites(name)
+            if next(module.children(), None) or not sites or name in self.first.output_producers:
+                continue
+            key = (sites[0].positions, sites[0].channels if sites[0].positions == 1 else None)
+            last[key] = name
+            if next(module.parameters(), None) is not None:
+                weighted.add(key)
+        maps = {key for key in weighted if key[0] > 1}
+        return [name for key, name in last.items() if key in (maps or weighted)]
 
 
 def feature_entries(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -300,12 +327,6 @@ def feature_entries(model: nn.Module) -> Iterator[tuple[str, int]]:
         if found:
             yield from found
             return
-
-
-def positions(site: Site) -> tuple[int, ...]:
-    """The spatial axes of a site, prefix tokens left out."""
-    spatial = site.shape[1:] if site.layout == "b c ..." else site.shape[:-1]
-    return (spatial[0] - site.prefix,) if site.prefix else spatial
 
 
 def leftovers(tokens: int, grids: set[int]) -> list[int]:

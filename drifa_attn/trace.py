@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 Path = tuple[int | str, ...]
 Shape = tuple[int, ...]
@@ -230,6 +231,22 @@ class Tracer(TorchFunctionMode):
             call.leaves[path] = Leaf(tuple(tensor.shape), mark, tensor.is_floating_point())
 
 
+class FlopCount(TorchDispatchMode):
+    """Counts the FLOPs of products and convolutions by torch's own formulas (without `FlopCounterMode`'s module tracker, which
+    some networks break).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        self.total += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        return result
+
+
 def trace(clone: nn.Module, args: tuple, kwargs: dict | None = None) -> Trace:
     """Run one forward of a copy of the network and return its record; the copy keeps no hook."""
     kwargs = kwargs or {}
@@ -241,7 +258,7 @@ def trace(clone: nn.Module, args: tuple, kwargs: dict | None = None) -> Trace:
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         stack.enter_context(torch.no_grad())
-        counter = stack.enter_context(FlopCounterMode(display=False))
+        counter = stack.enter_context(FlopCount())
         stack.enter_context(tracer)
         output = clone(*args, **kwargs)
     for _, tensor in tensors_in(output):
@@ -249,5 +266,5 @@ def trace(clone: nn.Module, args: tuple, kwargs: dict | None = None) -> Trace:
         tracer.trace.output_reach |= flow.reach
         tracer.trace.output_producers |= tracer.producers.get(id(tensor), set())
         tracer.trace.output_through_positions |= flow.through_positions
-    tracer.trace.flops = counter.get_total_flops()
+    tracer.trace.flops = counter.total
     return tracer.trace
