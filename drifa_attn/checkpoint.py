@@ -8,19 +8,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .inject import Site, attach, detach
+from .inject import Site, attach, detach, placed
 from .plan import check_backbone, rehearse
 from .sites import Survey
 from .wrap import Network, classifier_names, wrapped_hooks
 
-FORMAT = "drifa_attn"
+FORMAT, VERSION = "drifa_attn", 1
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def attention_state(model: nn.Module) -> dict[str, Tensor]:
-    """The attention's part of the state dict, under the network's own names."""
+def chosen_state(model: nn.Module, classifier: Sequence[str], batch_norm: bool) -> dict[str, Tensor]:
+    """What a file holds of a network's state dict: attention and, if asked for, more; a tensor with two names once."""
     added = {id(tensor) for hook in wrapped_hooks(model) for tensor in hook.attention.state_dict(keep_vars=True).values()}
-    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in added}
+    chosen: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        is_classifier = any(name.startswith(f"{module}.") for module in classifier)
+        is_statistic = batch_norm and name.rpartition(".")[2] in STATISTICS
+        if id(tensor) in added or is_classifier or is_statistic:
+            chosen.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(chosen.values())
 
 
 def save_attention(
@@ -41,20 +47,21 @@ def save_attention(
     found = wrapped_hooks(model)
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(f"save_attention got a {type(model).__name__}: give it the network inside, .module or ._orig_mod.")
-    tensors = attention_state(model)
-    state = model.state_dict()
-    for name in classifier_names(model, classifier):
-        tensors |= {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-    if batch_norm:
-        tensors |= {key: value for key, value in state.items() if key.rpartition(".")[2] in STATISTICS}
+    ((reduction, init), *others) = {(hook.attention.reduction, hook.attention.init) for hook in found}
+    if others:
+        raise ValueError(f"{type(model).__name__} has parts that were wrapped differently: save the attention of each part.")
+    names = classifier_names(model, classifier)
     plan = {
-        "version": 1,
+        "version": VERSION,
         "network": type(model).__name__,
-        "reduction": found[0].attention.reduction,
-        "init": found[0].attention.init,
-        "sites": [asdict(hook.site) for hook in found],
+        "reduction": reduction,
+        "init": init,
+        "classifier": names,
+        "batch_norm": batch_norm,
+        "sites": [asdict(site) for site, _ in placed(model)],
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {FORMAT: json.dumps(plan)})
+    tensors = {name: tensor.contiguous() for name, tensor in chosen_state(model, names, batch_norm).items()}
+    save_file(tensors, path, {FORMAT: json.dumps(plan)})
 
 
 def load_attention(backbone: Network, path: str | Path, *, example_input: Any = None) -> Network:
@@ -79,15 +86,26 @@ def load_attention(backbone: Network, path: str | Path, *, example_input: Any = 
     if FORMAT not in metadata:
         raise ValueError(f"{path} was not written by save_attention: it has no {FORMAT!r} metadata.")
     plan = json.loads(metadata[FORMAT])
+    if plan["version"] != VERSION:
+        raise ValueError(
+            f"{path} is of version {plan['version']}, this drifa_attn reads version {VERSION}: use the one that wrote it."
+        )
     sites = [Site(**entry | {"path": tuple(entry["path"]), "shape": tuple(entry["shape"])}) for entry in plan["sites"]]
     survey = Survey(backbone, example_input)
     for site in sites:
         check_site(survey, site)
     attach(backbone, sites, reduction=plan["reduction"], init=plan["init"], avoid=set(rehearse(survey, sites)))
+    state = {name: (tensor, tensor.clone()) for name, tensor in backbone.state_dict().items() if name in tensors}
     try:
-        check_state(backbone, tensors)
+        check_state(
+            backbone,
+            tensors,
+            chosen_state(backbone, classifier_names(backbone, plan["classifier"] or False), plan["batch_norm"]),
+        )
         backbone.load_state_dict(tensors, strict=False)
     except Exception:
+        for tensor, before in state.values():
+            tensor.copy_(before)
         detach(backbone)
         raise
     return backbone
@@ -109,15 +127,14 @@ def check_site(survey: Survey, site: Site) -> None:
             )
 
 
-def check_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a `ValueError` unless the file holds all of the attention and nothing that the network does not."""
-    state = model.state_dict()
-    for name in attention_state(model):
+def check_state(model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise a `ValueError` unless the file's tensors are those of this part of the network's state, by name and shape."""
+    for name in state:
         if name not in tensors:
-            raise ValueError(f"the file lacks {name!r}, which the attention of {type(model).__name__} has.")
+            raise ValueError(f"the file lacks {name!r}, which {type(model).__name__} has.")
     for name, tensor in tensors.items():
         if name not in state:
-            raise ValueError(f"the file holds {name!r}, which {type(model).__name__} does not have.")
+            raise ValueError(f"the file holds {name!r}, which {type(model).__name__} does not have, or not as its plan says.")
         if tensor.shape != state[name].shape:
             raise ValueError(
                 f"{name!r} is {tuple(tensor.shape)} in the file and {tuple(state[name].shape)} in {type(model).__name__}."

@@ -8,7 +8,7 @@ the child as one of its steps; then of the nearest module around it that is none
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,8 @@ class Site:
 
     Attributes:
         module: the module's name in the network.
+        carrier: the module that carries the hook: of a plain `nn.Sequential` its last step, for timm's gradient checkpointing
+            runs the steps without the `Sequential`.
         path: where in its output the tensor is; empty when the output is the tensor.
         channels, layout, prefix: as `MFA` takes them.
         shape: of the tensor for one sample, the batch axis left out.
@@ -35,6 +37,7 @@ class Site:
     """
 
     module: str
+    carrier: str
     path: Path
     channels: int
     layout: Layout
@@ -72,10 +75,27 @@ class AttentionHook:
 
 def hooks(model: nn.Module) -> Iterator[AttentionHook]:
     """Every attention hook of a network, or of a DDP or compiled wrapper around it, in the order of its modules."""
-    for module in model.modules():
+    return (hook for _, hook in placed(model))
+
+
+def placed(model: nn.Module) -> Iterator[tuple[Site, AttentionHook]]:
+    """Every attention hook with its site under the names of this network, which may hold the wrapped one as a part."""
+    for name, module in model.named_modules():
         for hook in module._forward_hooks.values():
             if isinstance(hook, AttentionHook):
-                yield hook
+                around = name.removesuffix(hook.site.carrier)
+                yield replace(hook.site, module=around + hook.site.module, carrier=name), hook
+
+
+def carrier_of(model: nn.Module, name: str) -> str:
+    """The module whose output is this module's output in any case: the last step of plain `Sequential`s, unless shared."""
+    module = model.get_submodule(name)
+    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+        step, last = list(module._modules)[-1], module[-1]
+        if sum(other is last for _, other in model.named_modules(remove_duplicate=False)) != 1:
+            break
+        name, module = f"{name}.{step}" if name else step, last
+    return name
 
 
 def owner_of(model: nn.Module, name: str, avoid: set[str]) -> str:
@@ -111,21 +131,21 @@ def attach(
     """Put attention at every site of a network; build all of it before changing anything."""
     built = []
     for site in sites:
-        owner = owner_of(model, site.module, avoid or set())
-        attention = build(site, reduction=reduction, init=init, **kind_of(model, site.module))
-        built.append((owner, attention.train(model.get_submodule(site.module).training), site))
+        owner = owner_of(model, site.carrier, avoid or set())
+        attention = build(site, reduction=reduction, init=init, **kind_of(model, site.carrier))
+        built.append((owner, attention.train(model.get_submodule(site.carrier).training), site))
     attached = []
     for owner, attention, site in built:
         module = model.get_submodule(owner)
         words = [CHILD, *(str(key) for key in site.path)]
-        if owner != site.module:
-            words.insert(1, site.module.replace(".", "_"))
+        if owner != site.carrier:  # it is around or within it
+            words.insert(1, site.carrier.removeprefix(f"{owner}.").replace(".", "_"))
         child = "_".join(words)
         while hasattr(module, child):
             child += "_"
         module.add_module(child, attention)
         hook = AttentionHook(site, attention)
-        hook.handle = model.get_submodule(site.module).register_forward_hook(hook)
+        hook.handle = model.get_submodule(site.carrier).register_forward_hook(hook)
         attached.append(hook)
     return attached
 

@@ -33,7 +33,7 @@ def check_features(owner: str, x: Tensor, channels: int, layout: Layout, prefix:
     if torch.jit.is_tracing():  # sizes are tensors there, and a comparison would be baked in with a warning
         return
     axis = 1 if layout == "b c ..." else -1
-    if x.ndim < 2 + bool(prefix) or x.shape[axis] != channels:
+    if x.ndim < (3 if prefix else 2) or x.shape[axis] != channels:
         raise ValueError(
             f'{owner} expected x "{layout}" with c={channels}, got {tuple(x.shape)}: '
             f"build it with the channels of axis {axis}, or name the layout its features have."
@@ -54,11 +54,14 @@ def positions(x: Tensor, layout: Layout, prefix: int = 0) -> Tensor:
 
 
 def scale(x: Tensor, factor: Tensor, layout: Layout, prefix: int = 0) -> Tensor:
-    """`x · factor` with one factor a channel (`b c`); dtype, strides and prefix tokens stay those of `x`."""
+    """`x · factor` with one factor a channel (`b c`); dtype, strides and prefix tokens stay those of `x`.
+
+    The product is rounded once: a gain near 1 would vanish if it were cast to bfloat16 before.
+    """
     ones = " ".join("1" * (x.ndim - 2))
     target = f"b c {ones}" if layout == "b c ..." else f"b {ones} c"
-    factor = rearrange(factor.to(x.dtype), f"b c -> {target}")
+    factor = rearrange(factor, f"b c -> {target}")
     if prefix:
         is_position = torch.arange(x.shape[1], device=x.device) >= prefix
         factor = torch.where(rearrange(is_position, "n -> n 1"), factor, 1)
-    return x * factor
+    return (x * factor).to(x.dtype)

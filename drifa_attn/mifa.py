@@ -25,10 +25,14 @@ def check_modalities(owner: str, xs: Sequence[Tensor], modalities: int) -> None:
     """Raise unless `xs` is a sequence with one tensor per modality, all of one batch size."""
     if isinstance(xs, Tensor) or not isinstance(xs, Sequence):
         raise TypeError(f"{owner} expected a list of {modalities} tensors, one per modality, got {type(xs).__name__}.")
-    if len(xs) != modalities:
+    if len(xs) != modalities or not xs:
         raise ValueError(
-            f"{owner} expected {modalities} modalities, got {len(xs)}: name absent ones in `present`, do not leave them out."
+            f"{owner} expected {modalities or 'some'} modalities, got {len(xs)}: "
+            "name absent ones in `present`, do not leave them out."
         )
+    for x in xs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{owner} expected a tensor, got {type(x).__name__}: name absent modalities in `present`.")
     if not torch.jit.is_tracing() and any(x.shape[0] != xs[0].shape[0] for x in xs):
         raise ValueError(f"{owner} expected one batch size for all modalities, got {[x.shape[0] for x in xs]}.")
 

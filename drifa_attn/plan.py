@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from .sites import Survey
 from .trace import FlopCount
 
 At = str | Sequence[str] | Callable[[str, nn.Module], bool]
+WAYS = ("stage", "block", "conv")
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -101,7 +102,10 @@ def matching(model: nn.Module, at: At) -> list[str]:
     """The names of the modules that a regex, a list of names or a predicate selects."""
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(at, str):
-        pattern = re.compile(at)
+        try:
+            pattern = re.compile(at)
+        except re.error as error:
+            raise ValueError(f"at={at!r} is no regex ({error}).") from error
         found = [name for name in names if pattern.fullmatch(name)]
         if not found:
             raise ValueError(
@@ -117,7 +121,7 @@ def matching(model: nn.Module, at: At) -> list[str]:
     unknown = [name for name in at if name not in names]
     if unknown or not at:
         raise ValueError(
-            f"at= names no module of {type(model).__name__}: {unknown}{near(unknown[0] if unknown else '', names)}."
+            f"at= names no module of {type(model).__name__}: {unknown}{near(str(unknown[0]) if unknown else '', names)}."
         )
     return list(at)
 
@@ -131,7 +135,7 @@ def near(name: str, names: list[str]) -> str:
 @cache
 def cost(channels: int, layout: Layout, prefix: int, shape: tuple[int, ...], reduction: int | None) -> tuple[int, int]:
     """Parameters and FLOPs for one sample of the attention at a feature, counted on the meta device."""
-    site = Site("", (), channels, layout, prefix, shape)
+    site = Site("", "", (), channels, layout, prefix, shape)
     attention = build(site, reduction=reduction, init="identity", device="meta")
     with torch.no_grad(), FlopCount() as counter:
         attention(torch.empty(1, *shape, device="meta"))
@@ -158,7 +162,8 @@ def rehearse(survey: Survey, sites: Sequence[Site]) -> frozenset[str]:
     avoid: set[str] = set()
     args, kwargs = survey.inputs
     while True:
-        attached = attach(survey.clone, sites, reduction=16, init="identity", avoid=avoid)
+        with torch.device("meta"):  # for networks without weights, whose device nothing else tells
+            attached = attach(survey.clone, sites, reduction=16, init="identity", avoid=avoid)
         names = {id(module): name for name, module in survey.clone.named_modules()}
         attentions = [hook.attention for hook in attached]
         fired: list[str] = []
@@ -213,59 +218,73 @@ def plan(
     Differs: the paper builds its own network and has no injection.
     """
     check_backbone(model)
+    check_arguments(at, variant, reduction, init)
+    if variant:
+        reduction, init = None, "paper"
+    by_name = None if at in WAYS else matching(model, at)
+    survey = Survey(model, example_input)
+    named = selection(survey, at, variant) if by_name is None else dict.fromkeys(by_name, ())
+    layouts = checked_layouts(layouts or {}, named)
+    sites: list[Site] = []
+    skipped: list[tuple[str, str]] = []
+    for name, channels in named.items():
+        found, reasons = survey.sites(name, channels, layouts.get(name))
+        if not found and by_name is not None and not isinstance(at, str) and not callable(at):
+            raise ValueError(f"{survey.title}: no attention can go at {name!r}: {'; '.join(reasons)}.")
+        sites += [priced(site, reduction, init) for site in found]
+        skipped += [(name, reason) for reason in reasons]
+    if not sites:
+        looked = [f"{name}: {reason}" for name, reason in skipped] or survey.outline() or ["no module: the network has none"]
+        raise ValueError(
+            f"{survey.title} has nothing that attention can go into with at={at!r}. Looked at:\n  "
+            + "\n  ".join(looked)
+            + '\nName modules yourself, at=["..."]; networks without convolutions or residual blocks have no such sites.'
+        )
+    return Plan(
+        network=survey.title,
+        at='"paper"' if variant else getattr(at, "__name__", repr(at)),
+        reduction=reduction,
+        init=init,
+        sites=tuple(sorted(sites, key=lambda site: survey.first.calls[site.module].order)),
+        skipped=tuple(skipped),
+        params=sum(p.numel() for p in model.parameters()),
+        flops=survey.first.flops // max(survey.first.batch, 1),
+        avoid=rehearse(survey, sites),
+    )
+
+
+def check_arguments(at: At, variant: str | None, reduction: int | None, init: str) -> None:
+    """Raise unless these are arguments of `plan`."""
     check_init("wrap", init)
     if reduction is not None:
         check_count("wrap", "reduction", reduction)
-    for layout in (layouts or {}).values():
-        check_layout("layouts", layout, 0)
     if variant not in (None, "paper"):
         raise ValueError(f'variant expected None or "paper", got {variant!r}.')
     if variant and (at, reduction, init) != ("stage", 16, "identity"):
         raise ValueError('variant="paper" sets at, reduction and init itself: leave them out.')
     if not (isinstance(at, str) or callable(at) or isinstance(at, Sequence)):
         raise TypeError(f"at expected a string, a list of module names or a predicate, got {at!r}.")
+
+
+def checked_layouts(layouts: Mapping[str, Layout], named: Mapping[str, Any]) -> Mapping[str, Layout]:
+    """These layouts, each known and of a module that was selected."""
+    for name, layout in layouts.items():
+        check_layout(f"layouts[{name!r}]", layout, 0)
+        if name not in named:
+            raise ValueError(f"layouts names {name!r}, which at= does not select; it selects {', '.join(named)}.")
+    return layouts
+
+
+def selection(survey: Survey, at: At, variant: str | None) -> Mapping[str, Collection[int]]:
+    """The modules that a way to choose them means, with their channels where the network states them."""
     if variant:
-        reduction, init = None, "paper"
-    selected = None if at in ("stage", "block", "conv") else matching(model, at)
-    survey = Survey(model, example_input)
-    if selected is not None:
-        named: dict[str, list[int]] = {name: [] for name in selected}
-    elif variant:
-        named = {name: [] for name in (*survey.convolutions(shortcuts=False), *survey.blocks())}
-    elif at == "stage":
-        named = survey.stages()
-    else:
-        named = {name: [] for name in (survey.blocks() if at == "block" else survey.convolutions(shortcuts=True))}
-    sites: list[Site] = []
-    skipped: list[tuple[str, str]] = []
-    for name, channels in named.items():
-        found, reasons = survey.sites(name, channels, (layouts or {}).get(name))
-        sites += found
-        skipped += [(name, reason) for reason in reasons]
-        if not found and selected is not None and not callable(at) and not isinstance(at, str):
-            raise ValueError(f"{survey.title}: no attention can go at {name!r}: {'; '.join(reasons)}.")
-    if not sites:
-        looked = [f"{name}: {reason}" for name, reason in skipped] or [f"{n} ({type(m).__name__})" for n, m in survey.outline()]
-        looked = looked or ["no module: the network has none"]
-        raise ValueError(
-            f"{survey.title} has nothing that attention can go into with at={at!r}. Looked at:\n  "
-            + "\n  ".join(looked)
-            + '\nName modules yourself, at=["..."]; networks without convolutions or residual blocks have no such sites.'
-        )
-    sites.sort(key=lambda site: survey.first.calls[site.module].order)
-    priced = []
-    for site in sites:
-        params, flops = cost(site.channels, site.layout, site.prefix, site.shape, reduction)
-        params -= site.channels if init == "paper" else 0  # no strength
-        priced.append(replace(site, params=params, flops=flops))
-    return Plan(
-        network=survey.title,
-        at='"paper"' if variant else repr(at) if not callable(at) else getattr(at, "__name__", "predicate"),
-        reduction=reduction,
-        init=init,
-        sites=tuple(priced),
-        skipped=tuple(skipped),
-        params=sum(p.numel() for p in model.parameters()),
-        flops=survey.first.flops // max(survey.first.batch, 1),
-        avoid=rehearse(survey, sites),
-    )
+        return dict.fromkeys((*survey.convolutions(shortcuts=False), *survey.blocks()), ())
+    if at == "stage":
+        return survey.stages()
+    return dict.fromkeys(survey.blocks() if at == "block" else survey.convolutions(shortcuts=True), ())
+
+
+def priced(site: Site, reduction: int | None, init: Init) -> Site:
+    """The site with its cost."""
+    params, flops = cost(site.channels, site.layout, site.prefix, site.shape, reduction)
+    return replace(site, params=params - (site.channels if init == "paper" else 0), flops=flops)  # the paper has no strength

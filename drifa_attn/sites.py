@@ -9,13 +9,12 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inject import CONTAINERS, Site
+from .inject import CONTAINERS, Site, carrier_of
 from .layout import Layout
 from .trace import MOST_PREFIX, Leaf, Path, Trace, map_tensors, meta_clone, tensors_in, trace
 
@@ -40,8 +39,8 @@ def default_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     elif isinstance(first, nn.Conv3d):
         yield from ((first.in_channels, 16, *square) for square in [*squares, (112, 112), (224, 224)])
     elif isinstance(first, nn.Conv2d):
-        yield from ((first.in_channels, *square) for square in [*squares, (224, 224)])
-    yield from ((3, *square) for square in [*squares, (224, 224)])
+        yield from ((first.in_channels, *square) for square in [*squares, (224, 224), (512, 512)])
+    yield from ((3, *square) for square in [*squares, (224, 224), (512, 512)])
 
 
 def resized(tensor: Tensor, batch: int, larger: bool) -> Tensor:
@@ -64,7 +63,13 @@ class Survey:
 
     def __init__(self, model: nn.Module, example_input: Any = None) -> None:
         self.title = type(model).__name__
-        self.clone = meta_clone(model)
+        try:
+            self.clone = meta_clone(model)
+        except Exception as error:
+            raise ValueError(
+                f"{self.title} could not be copied to the meta device ({type(error).__name__}: {error}): "
+                "plan it before its first run, or clear what it keeps of one."
+            ) from error
         self.modules = dict(self.clone.named_modules())
         self.inputs, self.first = self.trace_first(model, example_input)
         self.second, self.is_resized = self.trace_second()
@@ -118,15 +123,21 @@ class Survey:
             return f"which axis of its output {leaf.shape} holds the channels is undecided: name it in layouts="
         tokens_last = axis != 1 and len(leaf.shape) > 2
         prefix = self.prefix(leaf, other) if tokens_last and len(leaf.shape) == 3 else 0
-        return Site(name, path, leaf.shape[axis], "b ... c" if tokens_last else "b c ...", prefix, leaf.shape[1:])
+        return Site(
+            name,
+            carrier_of(self.clone, name),
+            path,
+            leaf.shape[axis],
+            "b ... c" if tokens_last else "b c ...",
+            prefix,
+            leaf.shape[1:],
+        )
 
     def features(self, name: str, channels: Collection[int] = (), layout: Layout | None = None) -> dict[Path, Site | str]:
         """Every tensor of a module's output as `feature` sees it; beside maps, a single token has nothing to pool over."""
         call = self.first.calls.get(name)
         if call is None:
             return {(): "it is not called"}
-        if call.count != 1:
-            return {(): f"it is called {call.count} times in one forward"}
         found = {path: self.feature(name, path, channels, layout) for path in call.leaves}
         if not found:
             return {(): "its output holds no tensor"}
@@ -140,6 +151,8 @@ class Survey:
         """The sites of a module's output, and the reasons against those of its tensors that are none."""
         sites, reasons = [], []
         for path, site in self.features(name, channels, layout).items():
+            if isinstance(site, Site) and self.first.calls[name].count > 1:
+                return [], [f"it is called {self.first.calls[name].count} times in one forward"]
             if isinstance(site, Site) and not self.first.is_live(self.first.calls[name].leaves[path], site.prefix):
                 what = f"all but its {site.prefix} prefix tokens are" if site.prefix else "its output is"
                 site = f"{what} discarded: the network's result does not depend on it"
@@ -186,17 +199,18 @@ class Survey:
         return next((n for n in stated if isinstance(n, int) and 0 < n < leaf.shape[1]), 0)
 
     def grids(self, record: Trace) -> set[int]:
-        """The numbers of positions of all maps that convolutions made."""
+        """The numbers of positions of all maps that convolutions made, of as many axes as the first has."""
+        kind = next((type(m) for name in record.calls if isinstance(m := self.modules[name], CONVOLUTIONS)), nn.Conv2d)
         return {
             math.prod(leaf.shape[2:])
             for name, call in record.calls.items()
-            if isinstance(self.modules[name], nn.Conv2d)
+            if isinstance(self.modules[name], kind)
             for leaf in call.leaves.values()
         } - {1}
 
-    def outline(self) -> Iterator[tuple[str, nn.Module]]:
+    def outline(self) -> list[str]:
         """The first modules of the network, for a message."""
-        return islice(((name, module) for name, module in self.modules.items() if name), 20)
+        return [f"{name} ({type(module).__name__})" for name, module in self.modules.items() if name][:20]
 
     def is_candidate(self, name: str) -> bool:
         """Whether a module can be a block: not the network, no pyramid or head (they take or give dicts), its output a map."""
@@ -235,7 +249,8 @@ class Survey:
         kinds = {type(self.modules[name]) for name in names} - set(CONTAINERS)
         names |= {self.lifted(name) for name in self.first.calls if type(self.modules[name]) in kinds}
         names = {name for name in names if self.is_candidate(name)}
-        return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+        once = {name for name in names if self.first.calls[name].count == 1}
+        return {name for name in names if not any(other.startswith(f"{name}.") for other in once)}
 
     def share(self, names: set[str]) -> float:
         """The share of the network's weights, heads left out, that lies in these modules."""
@@ -261,9 +276,10 @@ class Survey:
         found: set[str] = set()
         for frame, *reaches in self.first.additions:
             inside = [
-                (name, self.first.calls[name].leaves[()].mark)
-                for name in self.first.calls
+                (name, leaf.mark)
+                for name, call in self.first.calls.items()
                 if isinstance(self.modules[name], CONVOLUTIONS) and name.startswith(f"{frame}." if frame else "")
+                for leaf in call.leaves.values()
             ]
             one, two = ({name for name, mark in inside if mark & reach} for reach in reaches)
             if len(one) != len(two):

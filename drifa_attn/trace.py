@@ -7,8 +7,9 @@ network itself, its caches included, is never touched.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 Path = tuple[int | str, ...]
 Shape = tuple[int, ...]
@@ -58,19 +58,29 @@ def replace_tensor(tree: Any, path: Path, function: Callable[[Tensor], Tensor]) 
         return function(tree)
     key, rest = path[0], path[1:]
     if isinstance(tree, dict):
-        return type(tree)((k, replace_tensor(v, rest, function) if k == key else v) for k, v in tree.items())
+        changed = copy.copy(tree)
+        changed[key] = replace_tensor(tree[key], rest, function)
+        return changed
     items = [replace_tensor(v, rest, function) if k == key else v for k, v in enumerate(tree)]
     return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 
 def meta_clone(model: nn.Module) -> nn.Module:
-    """A copy of the network without memory: same modules and attributes, parameters and buffers on the meta device."""
+    """A copy of the network without memory: same modules and attributes, every tensor they hold on the meta device.
+
+    Hooks that are plain functions are left out: they are not copied, and what they write to is not the copy's.
+    """
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo).eval()
+    for module in model.modules():
+        for _, tensor in tensors_in(vars(module)):  # parameters, buffers, and whatever else it keeps
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    clone = copy.deepcopy(model, memo).eval()
+    for module in clone.modules():
+        for registered in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in registered.items() if isinstance(hook, FunctionType)]:
+                del registered[key]
+    return clone
 
 
 @dataclass
@@ -124,17 +134,13 @@ class Trace:
 
 def reads_prefix(function: Callable, args: tuple) -> bool:
     """Whether this operation reads only the first few entries of axis 1, as class-token heads do."""
-    if function is not Tensor.__getitem__ or args[0].ndim != 3 or args[0].shape[1] <= MOST_PREFIX:
+    if function is not Tensor.__getitem__ or args[0].ndim != 3:
         return False
     index = args[1]
     if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None):
         return False
-    axis1 = index[1]
-    if isinstance(axis1, int):
-        return 0 <= axis1 < MOST_PREFIX
-    if not isinstance(axis1, slice) or not isinstance(axis1.stop, int):
-        return False
-    return 0 < axis1.stop <= MOST_PREFIX
+    stop = index[1].stop if isinstance(index[1], slice) else index[1] + 1 if isinstance(index[1], int) else None
+    return isinstance(stop, int) and 0 < stop <= min(MOST_PREFIX, args[0].shape[1] - 1)
 
 
 class Tracer(TorchFunctionMode):
@@ -214,8 +220,8 @@ class Tracer(TorchFunctionMode):
                 self.trace.normed |= self.producers.get(id(tensor), set())
         self.frames.append(name)
 
-    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """After a module's forward."""
+    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """After a module's forward, which gives views of its output: one tensor may be there twice, or be the input too."""
         self.frames.pop()
         call = self.trace.calls[name]
         call.order = self.marks
@@ -225,10 +231,13 @@ class Tracer(TorchFunctionMode):
         for path, tensor in tensors_in(output):
             if id(tensor) not in self.flows:  # made by something no torch function shows, such as a scripted one
                 self.propagate(None, (), inputs, [tensor])
-            mark = self.new_mark()
-            self.mark(tensor, mark)
-            self.producers.setdefault(id(tensor), set()).add(name)
+            mark, view = self.new_mark(), tensor.view_as(tensor)
+            self.flows[id(view)] = replace(self.flow(tensor), tensor=view)
+            self.mark(view, mark)
+            self.producers[id(view)] = self.producers.get(id(tensor), set()) | {name}
             call.leaves[path] = Leaf(tuple(tensor.shape), mark, tensor.is_floating_point())
+            output = replace_tensor(output, path, lambda _, view=view: view)  # type: ignore[misc]
+        return output
 
 
 class FlopCount(TorchDispatchMode):
@@ -238,11 +247,14 @@ class FlopCount(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # not above: it loads triton where there is one
+
+        self.formulas = flop_registry
         self.total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(function._overloadpacket)
+        formula = self.formulas.get(function._overloadpacket)
         self.total += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
         return result
 

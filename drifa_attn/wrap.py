@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .inject import AttentionHook, attach, detach, hooks
+from .inject import AttentionHook, attach, detach, hooks, placed
 from .layout import Layout
 from .mfa import Init
 from .plan import At, plan
@@ -120,7 +120,8 @@ def freeze_backbone(model: Network, *, classifier: bool | str | Sequence[str] = 
 def attention_maps(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """The gate of every site for these inputs, `{site: b c}`, each in (0, 1), float32 at least.
 
-    One forward pass in eval mode without gradients; the network's own mode comes back afterwards.
+    One forward pass in eval mode without gradients, also where the attention is disabled; the network's own state comes back
+    afterwards.
 
     Args: what the network itself takes, `attention_maps(model, x)`.
     Raises: ValueError: the network is not wrapped.
@@ -128,19 +129,23 @@ def attention_maps(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Ten
     maps: dict[str, Tensor] = {}
     modes = {module: module.training for module in model.modules()}
     handles = []
-    for hook in wrapped_hooks(model):
+    found = wrapped_hooks(model)
+    enabled = [hook.enabled for hook in found]
+    for site, hook in placed(model):
 
-        def keep(attention: nn.Module, inputs: tuple[Tensor], name: str = hook.site.name) -> None:
+        def keep(attention: nn.Module, inputs: tuple[Tensor], name: str = site.name) -> None:
             maps[name] = attention.attention(*inputs)  # type: ignore[operator]
 
         handles.append(hook.attention.register_forward_pre_hook(keep))
+        hook.enabled = True
     try:
         model.eval()
         with torch.no_grad():
             model(*args, **kwargs)
     finally:
-        for handle in handles:
+        for handle, hook, before in zip(handles, found, enabled, strict=True):
             handle.remove()
+            hook.enabled = before
         for module, mode in modes.items():
             module.training = mode
     return maps

@@ -1,0 +1,80 @@
+import ast
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import drifa_attn
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["functional", "layout", "mfa", "mifa", "rra", "trace", "inject", "sites", "plan", "wrap", "checkpoint"]
+
+
+def run(*command, **options):
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+def test_import_loads_neither_timm_nor_triton():
+    """torch itself may not load triton either, or this could not tell."""
+    for code, expected in (("import sys, torch", set()), ("import sys, drifa_attn", {"drifa_attn", "einops"})):
+        loaded = run(sys.executable, "-c", f"{code}; print({{name.partition('.')[0] for name in sys.modules}})")
+        packages = {"drifa_attn", "einops", "timm", "triton", "torchvision", "safetensors", "numpy.testing"}
+        assert ast.literal_eval(loaded) & packages == expected
+
+
+def test_modules_import_from_their_left_only():
+    assert sorted(ORDER) == sorted(path.stem for path in (ROOT / "drifa_attn").glob("*.py") if path.stem != "__init__")
+    for place, name in enumerate(ORDER):
+        tree = ast.parse((ROOT / "drifa_attn" / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                sources = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(ORDER.index(source) < place for source in sources), (name, sources)
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            assert not {n.partition(".")[0] for n in names} & {"timm", "triton", "numpy", "tests", "examples", "benchmarks"}
+
+
+def test_every_public_name_has_a_docstring_with_a_source():
+    for name in drifa_attn.__all__:
+        thing = getattr(drifa_attn, name)
+        assert thing.__doc__ or isinstance(thing, str), name
+    for layer in ("HIFA", "CLIA", "MFA", "MGIFA", "MLIFA", "MIFA", "RRA"):
+        doc = getattr(drifa_attn, layer).__doc__
+        assert all(word in doc for word in ("Fig.", "Args:", "Shape:", "Raises:", "Differs:")), layer
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"drifa_attn", f"drifa_attn-{drifa_attn.__version__}.dist-info"}
+    assert "drifa_attn/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    sources = {f"drifa_attn/{path.name}" for path in (ROOT / "drifa_attn").glob("*.py")}
+    assert {name for name in names if name.startswith("drifa_attn/")} == sources | {"drifa_attn/py.typed"}
+
+
+def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
+    """A new environment with the dependencies within reach, but not this checkout, gets the wheel and wraps a network."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    run(sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    code = "import drifa_attn, timm, torch; m = drifa_attn.wrap(timm.create_model('test_resnet')); "
+    code += "print(drifa_attn.__file__, m(torch.zeros(1, 3, 160, 160)).shape)"
+    printed = run(python, "-I", "-c", code, cwd=tmp_path)
+    assert printed.startswith(site)
+    assert "torch.Size([1, 1000])" in printed
