@@ -208,11 +208,15 @@ def main(argv: list[str] | None = None) -> None:
     figure.suptitle("Which channels of a frozen ResNet-18 the attention opens (red) and closes (blue) for which digit", size=16)
     figure.savefig(picture, dpi=150)
 
-    table = Table("trained", "test accuracy", "trained parameters", "file to keep")
-    for name, path in ((HEAD, whole), (ATTENTION, small)):
+    table = Table("trained", f"accuracy on {len(test[0])} test images", "trained parameters")
+    for name, scores in tests.items():
         trained = sum(parameter.numel() for parameter in models[name].parameters() if parameter.requires_grad)
-        table.add_row(name, summary(tests[name]), f"{trained:,}", f"{path.stat().st_size / 1000:,.0f} kB")
+        table.add_row(name, summary(scores), f"{trained:,}")
     console.print(table)
+    sizes = [f"{path.stat().st_size / 1000:,.0f} kB" for path in (small, whole)]
+    console.print(f"The file of attention and head: {sizes[0]}; of the whole network: {sizes[1]}.")
+    console.print(f"Logits after drifa_attn.load_attention on a fresh copy: equal to the last bit: {same}.")
+    console.print(f"What the gates look at: {picture}")
 
 
 if __name__ == "__main__":

