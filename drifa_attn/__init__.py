@@ -2,6 +2,8 @@
 
 from . import functional
 from .checkpoint import load_attention, save_attention
+from .fuse import Fused, fuse
+from .losses import TaskLoss
 from .mfa import CLIA, HIFA, MFA
 from .mifa import MGIFA, MIFA, MLIFA
 from .plan import Plan, plan
@@ -18,12 +20,15 @@ __all__ = [
     "MIFA",
     "MLIFA",
     "RRA",
+    "Fused",
     "Plan",
+    "TaskLoss",
     "attention_maps",
     "attention_parameters",
     "disabled",
     "freeze_backbone",
     "functional",
+    "fuse",
     "load_attention",
     "plan",
     "save_attention",

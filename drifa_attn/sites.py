@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inject import CONTAINERS, Site, carrier_of
+from .inject import CONTAINERS, Site, carrier_of, detach
 from .layout import Layout
 from .trace import MOST_PREFIX, Leaf, Path, Trace, map_tensors, meta_clone, tensors_in, trace
 
@@ -57,7 +57,7 @@ class Survey:
     """What two traces of a network's copy found, and the questions that choose sites.
 
     Args:
-        model: the network; only its copy runs.
+        model: the network; only its copy runs, without the attention that may be in it.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments; None tries the network's own size.
     """
 
@@ -70,6 +70,7 @@ class Survey:
                 f"{self.title} could not be copied to the meta device ({type(error).__name__}: {error}): "
                 "plan it before its first run, or clear what it keeps of one."
             ) from error
+        detach(self.clone)
         self.modules = dict(self.clone.named_modules())
         self.inputs, self.first = self.trace_first(model, example_input)
         self.second, self.is_resized = self.trace_second()

@@ -11,7 +11,22 @@ import pytest
 import drifa_attn
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["functional", "layout", "mfa", "mifa", "rra", "trace", "inject", "sites", "plan", "wrap", "checkpoint"]
+ORDER = [
+    "functional",
+    "layout",
+    "mfa",
+    "mifa",
+    "rra",
+    "trace",
+    "inject",
+    "sites",
+    "plan",
+    "wrap",
+    "checkpoint",
+    "lockstep",
+    "fuse",
+    "losses",
+]
 
 
 def run(*command, **options):

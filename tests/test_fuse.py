@@ -1,0 +1,472 @@
+"""Backbones in lockstep (Fig. 1A)."""
+
+import copy
+import itertools
+import pickle
+import threading
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.export import Dim
+from torch.nn.parallel import DistributedDataParallel
+
+import drifa_attn
+from drifa_attn import MIFA, TaskLoss, fuse, unwrap, wrap
+from drifa_attn.fuse import without_classifier
+from drifa_attn.inject import hooks
+from drifa_attn.layout import positions
+from drifa_attn.trace import replace_tensor
+from tests._compare import assert_same_bits, assert_same_math
+from tests.cases import perturb_
+from tests.test_sites import built
+from tests.test_trace import Net, conv
+from tests.test_wrap import awaken_, registered
+
+TASKS = {"lesion": 7, "cell": 5}
+SETS = [
+    ("resnet",),
+    ("resnet", "vit"),
+    ("swin", "densenet", "resnet"),
+    ("coat", "regnet"),
+    ("mvitv2", "pit"),
+    ("tnt", "crossvit"),
+]
+
+
+def record():
+    """A clinical record's branch: vectors."""
+    return nn.Sequential(nn.Linear(9, 33), nn.ReLU(), nn.Linear(33, 17), nn.ReLU())
+
+
+def given(names):
+    """Backbones by modality and an input for each."""
+    pairs = [built(name) if name != "record" else (record().eval(), torch.randn(2, 9)) for name in names]
+    return {name: pair[0] for name, pair in zip(names, pairs, strict=True)}, {
+        name: pair[1] for name, pair in zip(names, pairs, strict=True)
+    }
+
+
+def fused(names=("resnet", "vit", "record"), **options):
+    """A fused network in eval mode in which every parameter does something, and its inputs."""
+    torch.manual_seed(0)
+    backbones, inputs = given(names)
+    net = fuse(backbones, TASKS, example_inputs=inputs, **options).eval()
+    for fusion in net.fusions:
+        perturb_(fusion)
+    awaken_(net)
+    return net, inputs
+
+
+# Lockstep ----------------------------------------------------------------------------------------------------------------
+
+
+def in_threads(net, inputs, present=None):
+    """The same by other means: every backbone runs as it is in a thread of its own; its hooks wait for the others."""
+    barrier, waiting, results, errors = threading.Barrier(len(inputs), timeout=60), {}, {}, []
+
+    def wait(name, k, site, _, args, output):
+        waiting[name] = output
+        if barrier.wait() == 0:
+            sites = net.stages[k]
+            xs = [feature_at(waiting[n], s.path) for n, s in sites.items()]
+            waiting["gated"] = dict(zip(sites, net.fusions[k](xs, present), strict=True))
+        barrier.wait()
+        y = waiting["gated"][name]
+        barrier.wait()
+        return replace_tensor(output, site.path, lambda _: y)
+
+    def work(name):
+        try:
+            with torch.no_grad():
+                results[name] = net.branches[name](inputs[name])
+        except Exception as error:  # noqa: BLE001 - told by the test
+            errors.append(error)
+            barrier.abort()
+
+    handles = [
+        net.branches[name].get_submodule(site.module).register_forward_hook(partial(wait, name, k, site))
+        for k, sites in enumerate(net.stages)
+        for name, site in sites.items()
+    ]
+    threads = [threading.Thread(target=work, args=(name,)) for name in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    assert not errors, errors
+    return results
+
+
+def feature_at(output, path):
+    for key in path:
+        output = output[key]
+    return output
+
+
+@pytest.mark.parametrize("at", ["stage", "block"])
+@pytest.mark.parametrize("names", SETS, ids="-".join)
+@torch.no_grad()
+def test_branches_advance_together(names, at):
+    net, inputs = fused(names, at=at)
+    features, expected = net.features(inputs), in_threads(net, inputs)
+    assert net.stages
+    for name in names:
+        y = feature_at(expected[name], net.outputs[name].path)
+        y = y if y.ndim == 2 else positions(y, net.outputs[name].layout, net.outputs[name].prefix).mean(-1)
+        assert_same_bits(features[name], y)
+
+
+@pytest.mark.parametrize("names", [*SETS, ("resnet", "vit", "record")], ids="-".join)
+@torch.no_grad()
+def test_an_identity_start_changes_no_bit_of_any_branch(names):
+    backbones, inputs = given(names)
+    expected = {name: without_classifier(copy.deepcopy(b), name, None)(inputs[name]) for name, b in backbones.items()}
+    net = fuse(backbones, TASKS, example_inputs=inputs).eval()
+    assert all(net.branches[name] is backbone for name, backbone in backbones.items())
+    for name, feature in net.features(inputs).items():
+        if isinstance(expected[name], torch.Tensor) and expected[name].ndim == 2:
+            assert_same_bits(feature, expected[name])
+    perturb_(net.fusions)
+    assert not any(torch.equal(f, expected[n]) for n, f in net.features(inputs).items() if torch.is_tensor(expected[n]))
+
+
+@torch.no_grad()
+def test_logits_are_the_equation():
+    net, inputs = fused()
+    features = net.features(inputs)
+    for task, classes in TASKS.items():
+        head = net.heads[task]
+        assert head.weight.shape == (classes, sum(f.shape[1] for f in features.values()))
+        assert_same_math(net(inputs)[task], torch.cat(list(features.values()), 1) @ head.weight.T + head.bias)
+
+
+def test_every_fusion_reads_every_branch():
+    net, inputs = fused()
+    for name, other in itertools.permutations(inputs, 2):
+        x = inputs[name].clone().requires_grad_()
+        feature = net.features(inputs | {name: x})[other]
+        (grad,) = torch.autograd.grad((feature * torch.randn_like(feature)).sum(), x)
+        assert grad.any(), (name, other)
+
+
+# Which stages meet -------------------------------------------------------------------------------------------------------
+
+
+def met(net):
+    return [{name: site.module for name, site in sites.items()} for sites in net.stages]
+
+
+def test_stages_of_one_reduction_meet():
+    backbones, inputs = given(("resnet", "swin"))
+    net = fuse(backbones, TASKS, example_inputs=inputs)
+    assert met(net) == [{"resnet": "layer1", "swin": "layers.0"}, {"resnet": "layer2", "swin": "layers.1"}]
+    for sites in net.stages:
+        assert len({site.positions for site in sites.values()}) == 1
+
+
+def test_stages_of_one_depth_meet_where_reductions_say_nothing():
+    backbones, inputs = given(("resnet", "vit"))
+    net = fuse(backbones, TASKS, example_inputs=inputs)
+    assert [sites["vit"] for sites in met(net)] == [f"blocks.{i}" for i in range(5)]
+    assert [sites["resnet"] for sites in met(net)] == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    backbones, inputs = given(("record", "vit"))
+    net = fuse(backbones, TASKS, example_inputs=inputs)
+    assert [sites["vit"] for sites in met(net)] == ["blocks.2", "blocks.4"]
+
+
+@torch.no_grad()
+def test_named_stages_meet_and_a_branch_may_stay_out():
+    pairs = [{"vit": "blocks.1", "resnet": "layer3"}, {"resnet": "layer4"}]
+    net, inputs = fused(("resnet", "vit"), at=pairs)
+    assert met(net) == [{"resnet": "layer3", "vit": "blocks.1"}, {"resnet": "layer4"}]
+    assert [fusion.modalities for fusion in net.fusions] == [2, 1]
+    assert net(inputs)["cell"].shape == (2, 5)
+
+
+# Missing modalities ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_what_an_absent_sample_holds_reaches_nothing():
+    net, inputs = fused()
+    present = torch.tensor([[True, False, True], [True, True, False]])
+    expected = net(inputs, present)
+    for name, row in (("vit", 0), ("record", 1)):
+        for value in (0.0, 1e4, torch.nan):
+            changed = {key: x.clone() for key, x in inputs.items()}
+            changed[name][row] = value
+            for task, logits in net(changed, present).items():
+                assert_same_bits(logits, expected[task])
+
+
+@torch.no_grad()
+def test_samples_are_on_their_own():
+    net, inputs = fused()
+    masks = torch.tensor(list(itertools.product([True, False], repeat=3)))
+    many = {name: x[:1].expand(len(masks), *x.shape[1:]) for name, x in inputs.items()}
+    together = net(many, masks)
+    for i, mask in enumerate(masks):
+        alone = net({name: x[:1] for name, x in inputs.items()}, mask[None])
+        for task in TASKS:
+            assert_same_math(together[task][i : i + 1], alone[task])
+    none = net.heads["cell"].bias
+    assert_same_math(together["cell"][-1], none)
+
+
+@pytest.mark.parametrize("missing", [("vit",), ("resnet", "record")])
+def test_a_modality_left_out_is_absent_and_leaves_no_parameter_without_gradient(missing):
+    net, inputs = fused(modality_dropout=0.0)
+    present = torch.tensor([[name not in missing for name in inputs]] * 2)
+    expected = net(inputs, present)
+    some = {name: x for name, x in inputs.items() if name not in missing}
+    for mask in (None, present):
+        for task, logits in net(some, mask).items():
+            assert_same_math(logits, expected[task])
+    for train in (net.train(), net.eval()):
+        train.zero_grad(set_to_none=True)
+        sum(logits.sum() for logits in train(some).values()).backward()
+        without = [name for name, p in train.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not without
+
+
+@torch.no_grad()
+def test_features_are_renormalised_at_the_head():
+    net, inputs = fused()
+    present = torch.tensor([[True, False, True], [True, True, True]])
+    features = [f * present[:, i, None] for i, f in enumerate(net.features(inputs, present).values())]
+    expected = torch.cat(features, 1) * torch.tensor([[1.5], [1.0]])
+    assert_same_math(net(inputs, present)["cell"], net.heads["cell"](expected))
+
+
+def test_modality_dropout_takes_its_share_and_leaves_one():
+    net, _ = fused(("resnet", "vit", "record"), modality_dropout=0.4)
+    inputs = {name: torch.zeros(4000, 1) for name in net.branches}
+    mask = net.train().presence(inputs, None)
+    assert mask.any(1).all()
+    assert (~mask).float().mean() == pytest.approx(0.4 - 0.4**3, abs=0.02)
+    present = torch.rand(4000, 3) < 0.5
+    kept = net.presence(inputs, present)
+    assert not (kept & ~present).any()
+    assert torch.equal(kept.any(1), present.any(1))
+    assert (kept.sum() / present.sum()).item() < 0.9
+    assert net.eval().presence(inputs, None) is None
+    assert net.presence(inputs, present) is present
+
+
+# What else is done to a network ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_compiles_whole():
+    net, inputs = fused(("resnet", "record"))
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    present = torch.tensor([[True, False], [True, True]])
+    for arguments in ((inputs,), (inputs, present)):
+        for task, logits in compiled(*arguments).items():
+            assert_same_math(logits, net(*arguments)[task])
+
+
+@torch.no_grad()
+def test_exports_with_any_batch():
+    net, inputs = fused(("resnet", "record"))
+    batch = Dim("batch", min=2, max=64)
+    shapes = ({name: {0: batch} for name in inputs}, {0: batch})
+    arguments = (inputs, torch.tensor([[True, False], [True, True]]))
+    program = torch.export.export(net, arguments, dynamic_shapes=shapes, strict=False).module()
+    inputs = {name: torch.randn(5, *x.shape[1:]) for name, x in inputs.items()}
+    present = torch.rand(5, 2) < 0.5
+    for task, logits in program(inputs, present).items():
+        assert_same_math(logits, net(inputs, present)[task])
+
+
+@torch.no_grad()
+def test_copies_and_pickles_come_back_working():
+    net, inputs = fused()
+    expected = net(inputs)["cell"]
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert_same_bits(twin(inputs)["cell"], expected)
+        perturb_(twin.branches["resnet"])
+        assert not torch.equal(twin(inputs)["cell"], expected)
+        assert_same_bits(net(inputs)["cell"], expected)
+
+
+@torch.no_grad()
+def test_state_of_one_fits_another():
+    net, inputs = fused()
+    again = fuse(given(inputs)[0], TASKS, example_inputs=inputs).eval()
+    assert list(again.state_dict()) == list(net.state_dict())
+    again.load_state_dict(net.state_dict())
+    assert_same_bits(again(inputs)["cell"], net(inputs)["cell"])
+    plain = without_classifier(built("resnet")[0], "resnet", None)
+    assert [k.removeprefix("branches.resnet.") for k in net.state_dict() if k.startswith("branches.resnet.")] == list(
+        plain.state_dict()
+    )
+
+
+def test_checkpointing_changes_no_gradient():
+    net, inputs = fused()
+    results = []
+    for enable in (False, True):
+        net.set_grad_checkpointing(enable)
+        logits = net(inputs)
+        results.append([*logits.values(), *torch.autograd.grad(sum(v.sin().sum() for v in logits.values()), net.parameters())])
+    for one, two in zip(*results, strict=True):
+        assert_same_math(one, two)
+
+
+@pytest.mark.parametrize("first", ["wrap", "fuse"])
+@torch.no_grad()
+def test_branches_are_wrapped_before_or_after(first):
+    backbones, inputs = given(("resnet", "vit"))
+    if first == "wrap":
+        wrap(backbones["resnet"], "block", example_input=inputs["resnet"])
+    net = fuse(backbones, TASKS, example_inputs=inputs).eval()
+    if first == "fuse":
+        wrap(net.branches["resnet"], "block", example_input=inputs["resnet"])
+    perturb_(net)
+    calls = []
+    found = list(hooks(net))
+    assert len(found) == 4
+    for hook in found:
+        hook.attention.register_forward_hook(lambda *_: calls.append(1))
+    y = net(inputs)["cell"]
+    assert len(calls) == len(found)
+    unwrap(net.branches["resnet"])
+    assert not torch.equal(net(inputs)["cell"], y)
+
+
+def train(rank, folder):
+    """Two steps in one of two processes; one of them lacks a modality."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    net, inputs = fused(("resnet", "record"), modality_dropout=0.3)
+    parallel = DistributedDataParallel(net.train(), find_unused_parameters=False)
+    sgd, loss = torch.optim.SGD(parallel.parameters(), lr=0.01), TaskLoss(list(TASKS))
+    labels = {"lesion": torch.tensor([1, 6]), "cell": torch.tensor([4, -100])}
+    for step in range(2):
+        sgd.zero_grad()
+        given = {k: v + step + rank for k, v in inputs.items() if rank != step or k == "resnet"}
+        loss(parallel(given), labels).backward()
+        sgd.step()
+    torch.save([p.detach() for p in net.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
+def test_two_processes_stay_in_step_when_one_lacks_a_modality(tmp_path):
+    torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for a, b in zip(one, two, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_autocast_keeps_the_heads_precise():
+    net, inputs = fused(("resnet", "record"))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net(inputs)["cell"]
+    assert (low - net(inputs)["cell"]).abs().max() < 0.1 * net(inputs)["cell"].abs().max()
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------------
+
+INPUTS = [
+    (lambda i: ([*i.values()],), TypeError, "expected a dict of inputs by modality, got list"),
+    (lambda i: ({},), ValueError, r"expected inputs of some of the modalities \['resnet', 'record'\], got \[\]"),
+    (lambda i: (i | {"ct": 0},), ValueError, r"got \['resnet', 'record', 'ct'\]"),
+    (lambda i: (i | {"record": i["record"][:1]},), ValueError, r"one batch size .*'resnet': 2, 'record': 1"),
+    (lambda i: (i, [True, False]), TypeError, "got list: convert it with .bool"),
+    (lambda i: (i, torch.ones(2, 2)), TypeError, "got torch.float32"),
+    (lambda i: (i, torch.ones(2, 3).bool()), ValueError, r"\(b, m\) = \(2, 2\), got \(2, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), INPUTS)
+def test_bad_inputs_are_refused(spoil, error, message):
+    net, inputs = fused(("resnet", "record"))
+    with pytest.raises(error, match=message):
+        net(*spoil(inputs))
+
+
+def data_dependent():
+    return Net(lambda net, x: net.b(net.a(x) if x.sum() > 0 else x), a=conv(), b=conv())
+
+
+BAD = [
+    ({"backbones": [1]}, TypeError, "expected backbones as a dict"),
+    ({"tasks": {}}, TypeError, "expected tasks as a dict with at least one entry"),
+    ({"tasks": {"a.b": 2}}, ValueError, "names of tasks to be strings without dots, got 'a.b'"),
+    ({"tasks": {"a": 0}}, ValueError, r"tasks\['a'\] to be an integer >= 1, got 0"),
+    ({"reduction": 0}, ValueError, "reduction to be an integer >= 1"),
+    ({"init": "zero"}, ValueError, 'init "paper" or "identity"'),
+    ({"modality_dropout": 1.0}, ValueError, r"modality_dropout in \[0, 1\), got 1.0"),
+    ({"dropout": -0.1}, ValueError, r"dropout in \[0, 1\), got -0.1"),
+    ({"classifiers": {"ct": "fc"}}, ValueError, r"classifiers for \['ct'\], but its modalities are"),
+    ({"classifiers": {"resnet": "head"}}, ValueError, "no module 'head' in backbone 'resnet'"),
+    ({"at": "conv"}, ValueError, 'expected at "stage", "block" or a list'),
+    ({"at": [{"ct": "layer1"}]}, ValueError, "expected entries {modality: module name}"),
+    ({"at": [{"resnet": "layer9"}]}, ValueError, "backbone 'resnet' has no module 'layer9'"),
+    ({"at": [{"resnet": ""}]}, ValueError, "backbone 'resnet' has no module ''"),
+    ({"at": [{"resnet": "layer1"}]}, ValueError, r"no stage of \['record'\] in at="),
+    ({"at": [{"resnet": "layer2", "record": "0"}, {"resnet": "layer1"}]}, ValueError, "advance .* end in the order"),
+    ({"at": [{"resnet": "layer2", "record": "0"}, {"resnet": "layer2.0"}]}, ValueError, "cannot advance backbone 'resnet'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD)
+def test_bad_arguments_are_refused_and_leave_the_backbones(arguments, error, message):
+    backbones, inputs = given(("resnet", "record"))
+    before = {name: registered(backbone) for name, backbone in backbones.items()}
+    with pytest.raises(error, match=message):
+        fuse(**{"backbones": backbones, "tasks": TASKS, "example_inputs": inputs} | arguments)
+    assert {name: registered(backbone) for name, backbone in backbones.items()} == before
+    assert backbones["resnet"].fc.out_features == 10
+
+
+OTHERS = {
+    "data-dependent": (data_dependent, "cannot advance|could not be traced"),
+    "compiled": (lambda: torch.compile(conv()), "parallel or compiled backbone 'x'"),
+    "parallel": (lambda: nn.DataParallel(conv()), "parallel or compiled backbone 'x'"),
+    "no network": (lambda: "resnet18", "expected a network as backbone 'x', got str"),
+    "one layer": (lambda: conv(), "found no stage in backbone 'x'"),
+    "dead": (lambda: Net(lambda net, x: (net.a(x), net.b(x))[1], a=conv(), b=conv()), "found no stage|cannot advance"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), OTHERS.values(), ids=OTHERS)
+def test_backbones_that_cannot_be_advanced_are_refused(build, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fuse({"x": build()}, {"a": 2}, example_inputs={"x": torch.randn(2, 8, 6, 6)})
+
+
+def test_one_network_twice_is_refused():
+    model, x = built("resnet")
+    with pytest.raises(ValueError, match="one network under several names"):
+        fuse({"a": model, "b": model}, TASKS, example_inputs={"a": x, "b": x})
+
+
+@torch.no_grad()
+def test_classifiers_are_taken_off_by_name():
+    model, x = built("torchvision resnet")
+    net = fuse({"ct": model}, {"a": 3}, classifiers={"ct": "fc"}, example_inputs={"ct": x}).eval()
+    assert net.features({"ct": x})["ct"].shape == (2, 512)
+    assert net({"ct": x})["a"].shape == (2, 3)
+
+
+# The whole of it ---------------------------------------------------------------------------------------------------------
+
+
+def test_default_networks_of_timm_are_fused_in_one_line():
+    net = drifa_attn.fuse(
+        {"dermoscopy": timm.create_model("resnet18"), "smear": timm.create_model("mobilenetv3_small_050")}, TASKS
+    )
+    assert len(net.fusions) >= 4
+    assert all(isinstance(fusion, MIFA) for fusion in net.fusions)
+    added = sum(p.numel() for p in net.fusions.parameters()) / sum(p.numel() for p in net.parameters())
+    assert added < 0.05

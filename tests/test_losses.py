@@ -1,0 +1,65 @@
+"""The loss of several tasks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from drifa_attn import TaskLoss
+from tests._compare import assert_same_math
+
+LOGITS = {"a": torch.randn(4, 3), "b": torch.randn(4, 5)}
+LABELS = {"a": torch.tensor([0, 2, -100, 1]), "b": torch.tensor([4, -100, -100, 0])}
+
+
+def each():
+    return [F.cross_entropy(LOGITS[t], LABELS[t], ignore_index=-100) for t in "ab"]
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(None, (0.5, 0.5)), ({"b": 2, "a": 0.25}, (0.25, 2))])
+def test_fixed_weights_are_the_equation(weights, expected):
+    loss = TaskLoss(["a", "b"], weights)
+    assert_same_math(loss(LOGITS, LABELS), sum(w * one for w, one in zip(expected, each(), strict=True)))
+    assert not loss.state_dict()
+    assert not list(loss.parameters())
+
+
+def test_learned_weights_are_the_equation_and_find_the_better_task():
+    loss = TaskLoss(["a", "b"], "uncertainty")
+    assert_same_math(loss(LOGITS, LABELS), sum(each()))
+    loss.log_variances.data.copy_(torch.tensor([0.5, -1.0]))
+    a, b = each()
+    assert_same_math(loss(LOGITS, LABELS), a * torch.tensor(-0.5).exp() + 0.25 + b * torch.tensor(1.0).exp() - 0.5)
+    sgd = torch.optim.SGD(loss.parameters(), lr=0.1)
+    for _ in range(400):
+        sgd.zero_grad()
+        loss(LOGITS, LABELS).backward()
+        sgd.step()
+    assert_same_math(loss.log_variances, (2 * torch.stack(each())).log(), 1e-3)  # where its derivative is zero
+
+
+def test_a_task_without_labels_adds_zero_and_no_gradient():
+    logits = {t: x.clone().requires_grad_() for t, x in LOGITS.items()}
+    total = TaskLoss(["a", "b"])(logits, LABELS | {"b": torch.full((4,), -100)})
+    assert_same_math(total, each()[0] / 2)
+    total.backward()
+    assert not logits["b"].grad.any()
+    assert logits["a"].grad.any()
+
+
+@pytest.mark.parametrize("weights", [{"a": 1}, {"a": 1, "b": -1}, {"a": 1, "b": 1, "c": 1}, "learned", 0.5])
+def test_bad_weights_are_refused(weights):
+    with pytest.raises(ValueError, match=r"expected weights >= 0 for \['a', 'b'\], \"uncertainty\" or None"):
+        TaskLoss(["a", "b"], weights)
+
+
+@pytest.mark.parametrize("tasks", ["ab", []])
+def test_bad_tasks_are_refused(tasks):
+    with pytest.raises(ValueError, match="expected the names of the tasks"):
+        TaskLoss(tasks)
+
+
+def test_other_tasks_are_refused():
+    with pytest.raises(ValueError, match=r"expected logits of the tasks \['a'\], got \['a', 'b'\]"):
+        TaskLoss(["a"])(LOGITS, LABELS)
+    with pytest.raises(ValueError, match=r"expected labels of the tasks \['a', 'b'\], got \['a'\]"):
+        TaskLoss(["a", "b"])(LOGITS, {"a": LABELS["a"]})
