@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 
 import drifa_attn
 from drifa_attn import Plan
 from drifa_attn.inject import hooks
+from drifa_attn.layout import positions
 from drifa_attn.trace import tensors_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -27,7 +29,7 @@ WAYS = ("stage", "block")
 @pytest.fixture(scope="module")
 def coverage():
     """What the tests found, by family; written as the report if every family was run."""
-    found = {"plans": {}, "runs": {}}
+    found = {"plans": {}, "runs": {}, "fused": {}}
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # whole networks, unlike the layers
     yield found
@@ -120,6 +122,39 @@ def test_smallest_architecture_of_every_family_wraps_exactly(family, coverage):
         rows[at] = (plan, "; ".join(dict.fromkeys(reason for _, reason in plan.skipped)))
     coverage["runs"][family] = (name, rows)
     assert any(plan for plan, _ in rows.values()), rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smallest_architecture_of_every_family_advances_in_lockstep(family, coverage):
+    torch.manual_seed(0)
+    name = smallest(family)
+    model = timm.create_model(name).eval()
+    x, _ = images(model)
+    try:
+        net = drifa_attn.fuse({"a": model, "b": small()}, {"task": 3}, example_inputs={"a": x, "b": x[:, :1, :64, :64]}).eval()
+    except ValueError as error:
+        coverage["fused"][family] = (name, str(error))
+        raise
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(net.features({"a": x, "b": x[:, :1, :64, :64]})["a"], pooled(expected, net.outputs["a"]))
+        for fusion in net.fusions:
+            for strength in fusion.strengths:
+                strength.normal_(std=0.5)
+        assert not torch.equal(net.features({"a": x, "b": x[:, :1, :64, :64]})["a"], pooled(expected, net.outputs["a"]))
+    coverage["fused"][family] = (name, "; ".join(sites["a"].name for sites in net.stages))
+
+
+def small():
+    """The other branch: four stages, one channel."""
+    layers = [layer for i in range(4) for layer in (nn.Conv2d(1 if i == 0 else 8, 8, 3, 2, 1), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def pooled(output, site):
+    for key in site.path:
+        output = output[key]
+    return output if output.ndim == 2 else positions(output, site.layout, site.prefix).mean(-1)
 
 
 def check_start(model, x, expected, state, names):
