@@ -2,12 +2,14 @@
 
 from . import functional
 from .checkpoint import load_attention, save_attention
+from .dropout import add_dropout, remove_dropout
 from .fuse import Fused, fuse
 from .losses import TaskLoss
 from .mfa import CLIA, HIFA, MFA
 from .mifa import MGIFA, MIFA, MLIFA
 from .plan import Plan, plan
 from .rra import RRA
+from .uncertainty import Uncertainty, ensemble, mc_dropout
 from .wrap import attention_maps, attention_parameters, disabled, freeze_backbone, unwrap, wrap
 
 __version__ = "0.1.0"
@@ -23,14 +25,19 @@ __all__ = [
     "Fused",
     "Plan",
     "TaskLoss",
+    "Uncertainty",
+    "add_dropout",
     "attention_maps",
     "attention_parameters",
     "disabled",
+    "ensemble",
     "freeze_backbone",
     "functional",
     "fuse",
     "load_attention",
+    "mc_dropout",
     "plan",
+    "remove_dropout",
     "save_attention",
     "unwrap",
     "wrap",

@@ -82,18 +82,23 @@ def share(part: float, whole: float) -> str:
     return f"+{100 * part / whole:.1f} %" if whole else "all"
 
 
-def check_backbone(model: Any) -> None:
-    """Raise unless `model` is a network that attention can be put into."""
+def check_network(model: Any, change: str = "wrap") -> None:
+    """Raise unless `model` is a network that something can be put into; messages say what, "wrap" it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"drifa_attn expected an nn.Module, got {type(model).__name__}.")
     if isinstance(model, PARALLEL) or type(model).__name__ == "FullyShardedDataParallel":
-        raise ValueError(f"drifa_attn got a {type(model).__name__}: wrap the network first, then make it parallel.")
+        raise ValueError(f"drifa_attn got a {type(model).__name__}: {change} the network first, then make it parallel.")
     compiled = (name for name, m in model.named_modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None)
     if (name := next(compiled, None)) is not None:
         where = f" at {name!r}" if name else ""
-        raise ValueError(f"drifa_attn got a compiled network{where}: wrap it first, then compile it.")
+        raise ValueError(f"drifa_attn got a compiled network{where}: {change} it first, then compile it.")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"drifa_attn got a {type(model).__name__}: wrap the network first, then trace or script it.")
+        raise ValueError(f"drifa_attn got a {type(model).__name__}: {change} the network first, then trace or script it.")
+
+
+def check_backbone(model: Any) -> None:
+    """Raise unless `model` is a network that attention can be put into."""
+    check_network(model)
     if next(hooks(model), None) is not None:
         raise ValueError(f"{type(model).__name__} is wrapped already: drifa_attn.unwrap(model) first.")
 

@@ -26,6 +26,8 @@ ORDER = [
     "lockstep",
     "fuse",
     "losses",
+    "dropout",
+    "uncertainty",
 ]
 
 
