@@ -21,17 +21,10 @@ from .plan import At, check_network, plan
 from .trace import meta_clone, replace_tensor
 from .wrap import Network
 
-# Functions that drop at the rate they are called with, and their word for whether they shall.
-DROPOUTS: dict[Callable, str] = {
-    F.dropout: "training",
-    F.dropout1d: "training",
-    F.dropout2d: "training",
-    F.dropout3d: "training",
-    F.alpha_dropout: "training",
-    F.feature_alpha_dropout: "training",
-    F.multi_head_attention_forward: "training",
-    torch.feature_dropout: "train",
-}
+# Functions that drop at the rate they are called with where `training`, or `train`, says so.
+FUNCTIONS: set[Callable] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+FUNCTIONS |= {F.multi_head_attention_forward}
+BUILTINS: set[Callable] = {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
 
 
 class DropoutHook:
@@ -74,10 +67,11 @@ def add_dropout(
 
         result = drifa_attn.mc_dropout(drifa_attn.add_dropout(model, 0.1), x)
 
-    Whole channels of a sample are dropped, at all positions, class tokens included: single elements would be averaged away by
-    the mean over positions before a head, and what is left of the neighbours tells what was dropped. It is on in training mode
-    and in `mc_dropout`; in eval mode the network is as before, to the last bit. No weight and no key is added. Before or after
-    `wrap`, dropout comes before the attention of the same site. A network trained without dropout should be fine-tuned with it.
+    Whole channels of a sample are dropped, at all positions and class tokens: single elements would say little, for their
+    neighbours are alike and a head averages over positions. Dropout is on in training mode and in `mc_dropout`; in eval mode
+    the network is as before, to the last bit. No weight and no key is added. Whether `wrap` came before or comes after, at one
+    site dropout precedes attention. Of a fused network, give it to the backbones, before `fuse` or after. A network trained
+    without dropout should be fine-tuned with it before its spread is trusted.
 
     Args:
         model: any network, wrapped or not.
@@ -141,5 +135,9 @@ class DropoutMode(TorchFunctionMode):
     """Turns functional dropout on wherever it is called, also in a module that is in eval mode."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        switch = DROPOUTS.get(function)
-        return function(*args, **({**(kwargs or {}), switch: True} if switch else kwargs or {}))
+        kwargs = kwargs or {}
+        if function in FUNCTIONS:
+            kwargs = {**kwargs, "training": True}
+        elif function in BUILTINS:
+            args, kwargs = args[:2], {**kwargs, "train": True}
+        return function(*args, **kwargs)

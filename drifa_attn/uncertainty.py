@@ -64,7 +64,7 @@ def decompose(logits: Tensor) -> Uncertainty:
         total=-expected(probs, log_mean),
         aleatoric=-expected(p, log_p).mean(0),
         epistemic=expected(p, log_p - log_mean).mean(0),
-        variance=p.var(0, correction=0),
+        variance=(p - probs).square().mean(0),
     )
 
 

@@ -1,0 +1,619 @@
+"""Uncertainty from several passes (Fig. 1B), against a transcription in NumPy float64 that takes the other way round."""
+
+import copy
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import nn
+
+from drifa_attn import Uncertainty, add_dropout, ensemble, fuse, mc_dropout, wrap
+from drifa_attn.uncertainty import random_sources
+from tests._compare import assert_close_rel, assert_same_bits, assert_same_math, exact
+from tests.strategies import SEEDS
+from tests.test_sites import built
+from tests.test_trace import Net
+
+FIELDS = [field.name for field in dataclasses.fields(Uncertainty)]
+
+
+def reference(logits):
+    """The same for logits `s b k`: each pass's softmax, entropies, and the mutual information as their difference."""
+    z = np.asarray(exact(logits))
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    mean = p.mean(0)
+    total, aleatoric = entropy(mean), entropy(p).mean(0)
+    return Uncertainty(mean, total, aleatoric, total - aleatoric, ((p - mean) ** 2).mean(0))
+
+
+def entropy(p):
+    return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+
+
+def assert_is(result, expected, rel=1e-10):
+    """Assert every field, those near zero up to the rounding of the entropies they are made of."""
+    for name in FIELDS:
+        assert_close_rel(getattr(result, name), getattr(expected, name), rel, floor=rel, name=name)
+
+
+def assert_same_result(one, other):
+    for name in FIELDS:
+        assert_same_bits(getattr(one, name), getattr(other, name))
+
+
+class Says(nn.Module):
+    """A network that gives these logits whatever it is asked, and one batch of them a call where there are several."""
+
+    def __init__(self, *each):
+        super().__init__()
+        self.each, self.calls = each, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.each[(self.calls - 1) % len(self.each)]
+
+
+def members(logits):
+    return [Says(one) for one in logits]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def net(p=0.5, classes=4):
+    """A small network with batch norm and dropout in training mode, moved off its start."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(p), nn.Linear(8, classes))
+    model(torch.randn(16, 6))
+    return model
+
+
+def spread(result):
+    """How far the passes are apart."""
+    return max(result.variance.max().item() for result in (result.values() if isinstance(result, dict) else [result]))
+
+
+X = torch.randn(5, 6, generator=seeded())
+VALUES = st.sampled_from([1e4, -1e4, -math.inf, 0.0, 30.0])
+
+
+@st.composite
+def passes(draw, dtype=torch.float64):
+    """Logits `s b k`, some of them extreme, no class ruled out by all of a pass."""
+    shape = s, b, k = draw(st.integers(2, 6)), draw(st.integers(1, 4)), draw(st.integers(2, 7))
+    logits = 5 * torch.randn(shape, generator=seeded(draw(SEEDS)), dtype=torch.float64)
+    places = st.tuples(st.integers(0, s - 1), st.integers(0, b - 1), st.integers(0, k - 1))
+    for place, value in draw(st.lists(st.tuples(places, VALUES), max_size=8)):
+        logits[place] = value
+    logits[..., 0].nan_to_num_(neginf=0.0)
+    return logits.to(dtype)
+
+
+# The equations -----------------------------------------------------------------------------------------------------------
+
+
+@given(logits=passes())
+@example(torch.tensor([[[0.0, -math.inf]], [[-math.inf, 0.0]]], dtype=torch.float64))  # as far apart as can be
+@example(torch.tensor([[[1e4, -1e4]], [[1e4, -1e4]]], dtype=torch.float64))
+def test_the_result_is_the_equations(logits):
+    assert_is(ensemble(members(logits), X), reference(logits))
+
+
+@given(logits=passes(dtype=torch.float32))
+def test_total_is_aleatoric_plus_epistemic_and_all_are_in_their_ranges(logits):
+    result = ensemble(members(logits), X)
+    assert_is(result, reference(logits), 1e-5)
+    assert_close_rel(result.aleatoric + result.epistemic, result.total, 1e-5, floor=2e-6)
+    most = math.log(logits.shape[2]) + 1e-5
+    assert all(((-1e-6 <= value) & (value <= most)).all() for value in (result.total, result.aleatoric, result.epistemic))
+    assert ((result.variance >= 0) & (result.variance <= 0.25 + 1e-6)).all()
+    assert_same_math(result.probs.sum(1), torch.ones(logits.shape[1]))
+
+
+@given(logits=passes(dtype=torch.float32))
+def test_equal_passes_have_no_epistemic_part(logits):
+    result = ensemble(members(logits[:1].expand_as(logits)), X)
+    assert result.epistemic.abs().max() < 2e-6
+    assert result.variance.max() < 1e-12
+    assert_close_rel(result.aleatoric, result.total, 1e-5, floor=2e-6)
+
+
+def test_certain_passes_that_disagree_are_all_epistemic():
+    result = ensemble(members(torch.tensor([[[1e4, 0.0]], [[0.0, 1e4]]])), X)
+    assert result.total.item() == result.epistemic.item() == pytest.approx(math.log(2))
+    assert (result.aleatoric.item(), result.variance.tolist()) == (0, [[0.25, 0.25]])
+
+
+def test_nan_stays_in_its_sample():
+    logits = torch.randn(3, 4, 5)
+    expected = ensemble(members(logits), X)
+    logits[1, 2, 0] = math.nan
+    result = ensemble(members(logits), X)
+    rest = torch.tensor([0, 1, 3])
+    for name in FIELDS:
+        assert getattr(result, name)[2].isnan().all()
+        assert_same_bits(getattr(result, name)[rest], getattr(expected, name)[rest])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_results_are_float32_at_least(dtype):
+    logits = torch.randn(3, 4, 5).to(dtype)
+    result = ensemble(members(logits), X)
+    assert {getattr(result, name).dtype for name in FIELDS} == {torch.promote_types(dtype, torch.float32)}
+    assert_is(result, reference(logits), 1e-5)
+
+
+# Every pass counts -------------------------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS, order=st.permutations(range(4)))
+def test_members_are_alike_and_one_wrong_member_changes_everything(seed, order):
+    logits = torch.randn(4, 3, 5, generator=seeded(seed), dtype=torch.float64)
+    result = ensemble(members(logits), X)
+    assert_is(ensemble(members(logits[list(order)]), X), result)
+    for i in range(4):
+        wrong = logits.clone()
+        wrong[i] += torch.tensor([9.0, 0, 0, 0, 0])
+        changed = ensemble(members(wrong), X)
+        assert all((getattr(changed, name) - getattr(result, name)).abs().min() > 1e-6 for name in FIELDS)
+
+
+def test_an_ensemble_of_samples_takes_all_passes_of_every_member():
+    """Member by member, the draws those of training mode under the same seed."""
+    models = [net(p) for p in (0.2, 0.5, 0.8)]
+    torch.manual_seed(3)
+    result = ensemble(models, X, samples=4)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        by_hand = torch.stack([drawn(model) for model in models for _ in range(4)])
+    assert_is(result, reference(by_hand), 1e-5)
+
+
+def drawn(model):
+    """One pass of a copy with dropout alone in training mode."""
+    model = copy.deepcopy(model).eval()
+    model[3].train()
+    return model(X)
+
+
+@pytest.mark.parametrize("samples", [2, 7])
+def test_mc_dropout_takes_as_many_passes_as_asked(samples):
+    model = net()
+    torch.manual_seed(3)
+    result = mc_dropout(model, X, samples)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        assert_is(result, reference(torch.stack([drawn(model) for _ in range(samples)])), 1e-5)
+    assert result.epistemic.min() > 1e-4
+
+
+def test_an_ensemble_is_one_pass_of_each_in_eval_mode():
+    models = [net() for _ in range(3)]
+    result = ensemble(nn.ModuleList(models), X)
+    with torch.no_grad():
+        assert_is(result, reference(torch.stack([copy.deepcopy(model).eval()(X) for model in models])), 1e-5)
+
+
+# What is left as it was --------------------------------------------------------------------------------------------------
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("run", [mc_dropout, ensemble])
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_statistics_weights_and_random_state_are_as_before(run, fails):
+    """Also if the model raises in its third pass."""
+    model = net().train()
+    given = model if run is mc_dropout else [model, net()]
+    model[1].eval()
+    model[3].p = 0.7
+    calls = []
+
+    def stop(module, args):
+        assert not model.training
+        calls.append(module)
+        if fails and len(calls) == 3:
+            raise RuntimeError("third pass")
+
+    model[4].register_forward_pre_hook(stop)
+    before, kept, state = modes(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    if fails:
+        with pytest.raises(RuntimeError, match="third pass"):
+            run(given, X, samples=4, generator=seeded())
+    else:
+        run(given, X, samples=4, generator=seeded())
+    assert (modes(model), len(calls)) == (before, 3 if fails else 4)
+    assert len(set(before)) == 2  # or nothing would tell that each module has its own
+    for name, value in model.state_dict().items():
+        assert_same_bits(value, kept[name])
+    assert_same_bits(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+def test_a_train_method_of_its_own_is_never_called():
+    """It may do what cannot be undone, such as merging weights."""
+    model = net()
+    model.train = model.eval = lambda *_: pytest.fail("called")
+    mc_dropout(model, X, 2)
+    ensemble([model, net()], X)
+
+
+def test_no_graph_is_kept():
+    result = mc_dropout(net(), X.clone().requires_grad_(), 3)
+    assert not any(getattr(result, name).requires_grad for name in FIELDS)
+
+
+# Seeds -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_generator_makes_the_result_whatever_the_global_state():
+    model = net()
+    torch.manual_seed(1)
+    one = mc_dropout(model, X, 4, generator=seeded(7))
+    torch.manual_seed(2)
+    assert_same_result(mc_dropout(model, X, 4, generator=seeded(7)), one)
+    assert not torch.equal(mc_dropout(model, X, 4, generator=seeded(8)).probs, one.probs)
+
+
+def test_one_generator_gives_another_result_each_time():
+    model, generator = net(), seeded()
+    one, two = (mc_dropout(model, X, 4, generator=generator) for _ in range(2))
+    assert not torch.equal(one.probs, two.probs)
+
+
+def test_the_global_generator_is_drawn_from_without_one_and_can_be_given():
+    model = net()
+    torch.manual_seed(5)
+    one, two = mc_dropout(model, X, 4), mc_dropout(model, X, 4)
+    assert not torch.equal(one.probs, two.probs)
+    torch.manual_seed(5)
+    assert_same_result(mc_dropout(model, X, 4), one)
+    state = torch.get_rng_state()
+    mc_dropout(model, X, 4, generator=torch.default_generator)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_sources_are_those_of_every_device(monkeypatch):
+    """On devices that this machine need not have."""
+    two, apple = (torch.Generator(), torch.Generator()), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", two)
+    monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: apple)
+    held = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:1", "meta", "mps:0")]
+    model = SimpleNamespace(parameters=lambda: held[:2], buffers=lambda: held[2:])
+    assert random_sources([model], (X, [X])) == [torch.default_generator, two[1], apple]
+
+
+@pytest.mark.cuda
+def test_a_generator_holds_on_a_gpu(device):
+    model, x = net().cuda(), X.cuda()
+    state = torch.cuda.get_rng_state()
+    one, two = (mc_dropout(model, x, 4, generator=seeded(7)) for _ in range(2))
+    assert_same_result(one, two)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert one.epistemic.min() > 1e-4
+
+
+# Inputs, heads and chunks ------------------------------------------------------------------------------------------------
+
+
+def sizes_seen(model):
+    """The batch size of every pass from now on."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    return seen
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 9])
+def test_chunks_change_no_ensemble_and_are_as_small_as_asked(chunk):
+    models = [net() for _ in range(2)]
+    whole, seen = ensemble(models, X), sizes_seen(models[1])
+    assert_is(ensemble(models, X, chunk=chunk), whole, 1e-5)
+    assert seen == {1: [1] * 5, 2: [2, 2, 1]}.get(chunk, [5])
+
+
+def test_chunks_of_monte_carlo_passes():
+    model = net()
+    seen, result = sizes_seen(model), mc_dropout(model, X, 3, generator=seeded(), chunk=2)
+    assert seen == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+    assert_same_result(mc_dropout(model, X, 3, generator=seeded(), chunk=2), result)
+    assert_same_result(mc_dropout(model, X, 3, generator=seeded(), chunk=5), mc_dropout(model, X, 3, generator=seeded()))
+    assert [tuple(getattr(result, name).shape) for name in FIELDS] == [(5, 4), (5,), (5,), (5,), (5, 4)]
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_an_empty_batch_gives_an_empty_result(chunk):
+    result = mc_dropout(net(), X[:0], 3, chunk=chunk)
+    assert [tuple(getattr(result, name).shape) for name in FIELDS] == [(0, 4), (0,), (0,), (0,), (0, 4)]
+
+
+class Heads(nn.Module):
+    """Several inputs, several heads, in the nesting that `out` makes of two logits."""
+
+    def __init__(self, out, take=lambda *xs: xs):
+        super().__init__()
+        self.body, self.out, self.take = net(classes=7), out, take
+
+    def forward(self, *args):
+        a, b, *_ = self.take(*args)
+        z = self.body(a) + self.body(b)
+        return self.out(z[:, :3], z[:, 3:])
+
+
+NESTINGS = {
+    "dict": (lambda a, b: {"lesion": a, "cell": b}, ["lesion", "cell"]),
+    "list": (lambda a, b: [a, b], [0, 1]),
+    "tuple": (lambda a, b: (a, b), [0, 1]),
+}
+ARGUMENTS = {
+    "positional": ((X, -X), lambda *xs: xs),
+    "with options": ((X, -X, None, torch.tensor(2.0)), lambda *xs: xs),
+    "list": ([X, -X], lambda xs: xs),
+    "dict": ({"a": X, "b": -X}, lambda xs: xs.values()),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_heads_and_inputs_come_in_any_nesting(nesting, arguments, chunk):
+    (out, keys), (inputs, take) = NESTINGS[nesting], ARGUMENTS[arguments]
+    models = [Heads(out, take) for _ in range(2)]
+    result = ensemble(models, inputs, chunk=chunk)
+    assert list(result) == keys
+    with torch.no_grad():
+        logits = torch.stack([m.body.eval()(X) + m.body(-X) for m in models])
+    for key, expected in zip(keys, (logits[..., :3], logits[..., 3:]), strict=True):
+        assert_is(result[key], reference(expected), 1e-5)
+    assert list(mc_dropout(models[0], inputs, 3, chunk=chunk)) == keys
+
+
+def test_a_single_head_in_a_dict_stays_in_it():
+    assert list(ensemble([Says({"a": torch.randn(2, 3)}), Says({"a": torch.randn(2, 3)})], X)) == ["a"]
+
+
+@torch.no_grad()
+def test_fused_networks_with_missing_modalities():
+    """What an absent sample holds plays no part, and a modality left out is one that all lack."""
+    (r, x), (v, y) = built("resnet"), built("vit")
+    model = fuse({"skin": add_dropout(r, 0.2), "cells": v}, {"lesion": 7, "cell": 5}, dropout=0.25, modality_dropout=0.5)
+    present = torch.tensor([[True, True], [False, True]])
+    result = mc_dropout(model, ({"skin": x, "cells": y}, present), 4, generator=seeded(), chunk=1)
+    assert list(result) == ["lesion", "cell"]
+    assert all(one.epistemic.min() > 0 for one in result.values())
+    other = x.clone()
+    other[1] = 100.0
+    again = mc_dropout(model, ({"skin": other, "cells": y}, present), 4, generator=seeded(), chunk=1)
+    left_out = mc_dropout(model, {"cells": y}, 4)
+    for task in result:
+        assert_same_result(again[task], result[task])
+        assert left_out[task].epistemic.min() > 0
+
+
+# Every way of dropout is on, and nothing else ----------------------------------------------------------------------------
+
+
+def of_timm(name, size, **options):
+    return lambda: (timm.create_model(name, pretrained=False, num_classes=5, **options), torch.randn(2, 3, size, size))
+
+
+def unfused(name, size, **options):
+    def build():
+        model, x = of_timm(name, size, **options)()
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        return model, x
+
+    return build
+
+
+def of_torch(module, *shape):
+    """A sequence model with a linear head on its first output's last step."""
+    head = nn.Linear(8, 5)
+    return lambda: (Net(lambda net, x: net.head(first(net.body(x))[:, -1]), body=module(), head=head), torch.randn(2, *shape))
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def attending(**options):
+    def build():
+        attention, head = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), nn.Linear(8, 5)
+        net = Net(lambda net, x: net.head(net.attention(x, x, x, **options)[0][:, 0]), attention=attention, head=head)
+        return net, torch.randn(2, 4, 8)
+
+    return build
+
+
+class Halved(nn.Dropout):
+    """Dropout of one's own."""
+
+    def forward(self, x):
+        return x * torch.bernoulli(torch.full_like(x, 0.5)) if self.training else x
+
+
+def layer():
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+
+
+def functional(drop):
+    """A functional call that the mode of its module switches, on a map."""
+    return lambda: (Net(lambda net, x: drop(x, net.training).flatten(1)), torch.randn(2, 5, 4, 4))
+
+
+ON = {
+    "timm resnet": of_timm("test_resnet", 64, drop_rate=0.3),
+    "timm efficientnet": of_timm("test_efficientnet", 64, drop_rate=0.3),
+    "timm densenet": of_timm("densenet121", 64, drop_rate=0.3, growth_rate=8, block_config=(2, 2)),
+    "timm mambaout": of_timm("test_mambaout", 64, drop_rate=0.3),
+    "timm vit head": of_timm("test_vit", 80, img_size=80, drop_rate=0.3),
+    "timm vit projections": of_timm("test_vit", 80, img_size=80, proj_drop_rate=0.3),
+    "timm vit positions": of_timm("test_vit", 80, img_size=80, pos_drop_rate=0.3),
+    "timm vit attention": of_timm("test_vit", 80, img_size=80, attn_drop_rate=0.3),
+    "timm vit unfused attention": unfused("test_vit", 80, img_size=80, attn_drop_rate=0.3),
+    "timm vit parallel attention": of_timm("test_vit", 80, img_size=80, attn_drop_rate=0.3, block_fn=ParallelScalingBlock),
+    "nn.MultiheadAttention": attending(),
+    "nn.MultiheadAttention without weights": attending(need_weights=False),
+    "nn.TransformerEncoderLayer": of_torch(layer, 4, 8),
+    "a subclass of nn.Dropout": of_torch(Halved, 4, 8),
+    "F.dropout": functional(lambda x, training: F.dropout(x, 0.3, training)),
+    "F.dropout1d": functional(lambda x, training: F.dropout1d(x.flatten(2), 0.3, training)),
+    "F.dropout2d": functional(lambda x, training: F.dropout2d(x, 0.3, training=training)),
+    "F.dropout3d": functional(lambda x, training: F.dropout3d(x[..., None], 0.3, training)),
+    "F.alpha_dropout": functional(lambda x, training: F.alpha_dropout(x, 0.3, training)),
+    "F.feature_alpha_dropout": functional(lambda x, training: F.feature_alpha_dropout(x, 0.3, training)),
+    "torch.dropout": functional(lambda x, training: torch.dropout(x, 0.3, training)),
+    "torch.feature_dropout": functional(lambda x, training: torch.feature_dropout(x, p=0.3, train=training)),
+}
+OFF = {
+    "a rate of zero": of_timm("test_resnet", 64),
+    "stochastic depth": of_timm("test_resnet", 64, drop_path_rate=0.5),
+    "patch dropout": of_timm("test_vit", 80, img_size=80, patch_drop_rate=0.5),
+    "inside an RNN": of_torch(lambda: nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True), 4, 8),
+}
+
+
+@pytest.mark.parametrize("kind", ON)
+def test_dropout_of_every_kind_is_on(kind):
+    model, x = ON[kind]()
+    nothing_at_zero_(model)
+    before = modes(model)
+    assert spread(mc_dropout(model, x, 8)) > 0
+    assert modes(model) == before
+    model.eval()
+    with torch.no_grad():
+        assert_same_bits(model(x), model(x))
+
+
+def nothing_at_zero_(model):
+    """A head or a residual scale that starts at zero would hide what is dropped before it."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.mark.parametrize("kind", OFF)
+def test_what_is_no_dropout_stays_off_and_a_model_without_any_is_refused(kind):
+    model, x = OFF[kind]()
+    before = modes(model)
+    with pytest.raises(
+        ValueError, match=r"mc_dropout found no active dropout in the model: drifa_attn\.add_dropout\(model, 0\.1\)"
+    ):
+        mc_dropout(model, x, 8)
+    assert modes(model) == before
+
+
+def test_a_member_without_dropout_is_named():
+    with pytest.raises(ValueError, match="ensemble, member 1, found no active dropout"):
+        ensemble([net(), net(p=0.0)], X, samples=2)
+
+
+def test_wrapped_networks_work():
+    model, x = built("resnet")
+    wrap(model)
+    with pytest.raises(ValueError, match="no active dropout"):
+        mc_dropout(model, x)
+    assert spread(mc_dropout(add_dropout(model, 0.3), x, 4)) > 0
+
+
+@pytest.mark.parametrize("way", ["whole", "in place", "a part"])
+def test_compiled_networks_run_as_they_are_and_stay_compiled(way):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    model = net().eval()
+    plain = mc_dropout(model, X, 4, generator=seeded())
+    if way == "in place":
+        model.compile(backend=backend)
+    elif way == "whole":
+        model = torch.compile(model, backend=backend)
+    else:
+        model = nn.Sequential(torch.compile(model, backend=backend))
+    with torch.no_grad():
+        expected = model(X)
+        assert_same_result(mc_dropout(model, X, 4, generator=seeded()), plain)
+        assert len(graphs) == 1
+        assert_same_bits(model(X), expected)
+        assert_same_math(ensemble([model, copy.deepcopy(net())], X).probs.sum(1), torch.ones(5))
+    assert len(graphs) == 1
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "one sample": (lambda: mc_dropout(net(), X, 1), ValueError, r"mc_dropout expected at least 2 passes in all, got 1"),
+    "no sample": (lambda: mc_dropout(net(), X, 0), ValueError, r"mc_dropout expected samples to be an integer >= 1, got 0"),
+    "half": (lambda: mc_dropout(net(), X, 2.5), ValueError, r"mc_dropout expected samples to be an integer >= 1, got 2\.5"),
+    "no member": (lambda: ensemble([], X), ValueError, r"ensemble expected at least 2 passes in all, got 0"),
+    "one member": (lambda: ensemble([net()], X), ValueError, r"ensemble expected at least 2 passes in all, got 1"),
+    "one pass": (lambda: ensemble([net()], X, samples=1), ValueError, r"ensemble expected at least 2 passes in all, got 1"),
+    "ensemble of none": (
+        lambda: ensemble([net()], X, 0),
+        ValueError,
+        r"ensemble expected samples to be an integer >= 1, got 0",
+    ),
+    "a model": (lambda: ensemble(net(), X), TypeError, r"expected a list of members, got one Sequential: .* mc_dropout"),
+    "a name": (lambda: mc_dropout("resnet", X), TypeError, r"mc_dropout expected an nn\.Module, got str"),
+    "names": (lambda: ensemble({"a": net(), "b": net()}, X), TypeError, r"member 0, expected an nn\.Module, got str"),
+    "twice": (lambda: ensemble([(m := net()), net(), m], X), ValueError, r"one network as members 0 and 2"),
+    "seed": (lambda: mc_dropout(net(), X, generator=0), TypeError, r"expected a torch\.Generator, got 0: torch\.Generator\(\)"),
+    "inputs": (lambda: mc_dropout(net(), 3), TypeError, r"mc_dropout expected inputs as a tensor, .*, got 3\."),
+    "chunk": (lambda: mc_dropout(net(), X, chunk=0), ValueError, r"mc_dropout expected chunk to be an integer >= 1, got 0"),
+    "sizes": (
+        lambda: mc_dropout(Heads(max), (X, X[:2]), chunk=2),
+        ValueError,
+        r"inputs of one batch size to take in chunks, got \[2, 5\]: leave chunk out",
+    ),
+    "single logit": (
+        lambda: ensemble(members(torch.randn(2, 5, 1)), X),
+        ValueError,
+        r"member 0, got a single logit z, \(5, 1\): give two, torch\.cat",
+    ),
+    "vector": (
+        lambda: ensemble(members(torch.randn(2, 5)), X),
+        ValueError,
+        r"member 0, expected logits \(b k\) .*, got \(5,\)",
+    ),
+    "no class": (lambda: ensemble(members(torch.randn(2, 5, 0)), X), ValueError, r"k >= 2, got \(5, 0\)"),
+    "maps": (lambda: ensemble(members(torch.randn(2, 5, 3, 4, 4)), X), ValueError, r"k >= 2, got \(5, 3, 4, 4\)"),
+    "classes": (lambda: ensemble(members(torch.ones(2, 5, 3).long()), X), TypeError, r"floating-point .*, got torch\.int64"),
+    "text": (lambda: ensemble([Says("a"), Says("b")], X), TypeError, r"one floating-point tensor \(b k\) a head, got str"),
+    "nothing": (lambda: ensemble([Says({}), Says({})], X), ValueError, r"expected logits from the model, got none: \{\}"),
+    "head": (
+        lambda: ensemble([Says({"a": torch.randn(5)}), Says({"a": torch.randn(5)})], X),
+        ValueError,
+        r"ensemble, member 0, head 'a' expected logits \(b k\)",
+    ),
+    "unlike": (
+        lambda: ensemble([Says(torch.randn(5, 3)), Says(torch.randn(5, 3)), Says(torch.randn(5, 4))], X),
+        ValueError,
+        r"ensemble, member 2, gives logits \(5, 4\), but the first pass gave \(5, 3\)",
+    ),
+    "unlike heads": (
+        lambda: ensemble([Says({"a": torch.randn(5, 3)}), Says([torch.randn(5, 3)])], X),
+        ValueError,
+        r"member 1, gives logits \{0: \(5, 3\)\}, but the first pass gave \{'a': \(5, 3\)\}",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_mistakes_are_named(what):
+    call, error, message = BAD[what]
+    with pytest.raises(error, match=message):
+        call()
