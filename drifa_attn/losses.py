@@ -1,7 +1,9 @@
 """The loss of several tasks at once, Fig. 1A."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,41 +19,51 @@ class TaskLoss(nn.Module):
         L = Σ_t exp(−s_t) · CE_t + s_t / 2        weights="uncertainty", s_t = log σ_t² learned, zero at the start
 
     Args:
-        tasks: their names.
-        weights: None, {task: weight >= 0}, or "uncertainty" (Kendall et al., 2018; its parameters belong in the optimizer).
+        tasks: their names, each once; a dict gives its keys.
+        weights: None, {task: weight >= 0}, or "uncertainty" (Kendall et al., 2018; its parameters belong in the optimizer, and
+            in DDP beside the network's).
 
-    Shape: {task: logits `b k`}, {task: classes `b`, −100 where a sample has no label} -> scalar. A task that no sample of the
-        batch has a label for adds zero.
-    Raises: ValueError: other tasks than named, or a weight that is negative.
+    Shape: {task: logits `b k`}, {task: classes `b`, −100 where a sample has no label} -> scalar, float32 at least. A task that
+        no sample of the batch has a label for adds zero and moves nothing, its s_t included.
+    Raises: ValueError: other tasks than named, or a weight that is negative or not finite; TypeError: no dicts.
     Source: Fig. 1A; the learned weights are arXiv:1705.07115. Differs: the paper has fixed weights alone.
     """
 
     weights: Tensor
 
-    def __init__(self, tasks: Sequence[str], weights: Mapping[str, float] | Literal["uncertainty"] | None = None) -> None:
+    def __init__(self, tasks: Iterable[str], weights: Mapping[str, float] | Literal["uncertainty"] | None = None) -> None:
         super().__init__()
-        if isinstance(tasks, str) or not tasks:
-            raise ValueError(f"TaskLoss expected the names of the tasks, got {tasks!r}.")
-        self.tasks = list(tasks)
+        self.tasks = [] if isinstance(tasks, str) else list(tasks)
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"TaskLoss expected the names of the tasks, each once, got {tasks!r}.")
         self.log_variances: nn.Parameter | None = None
         if weights == "uncertainty":
             self.log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
             return
         fixed = dict.fromkeys(self.tasks, 1 / len(self.tasks)) if weights is None else weights
-        if not isinstance(fixed, Mapping) or set(fixed) != set(self.tasks) or any(w < 0 for w in fixed.values()):
+        if not isinstance(fixed, Mapping) or set(fixed) != set(self.tasks) or not all(map(is_weight, fixed.values())):
             raise ValueError(f'TaskLoss expected weights >= 0 for {self.tasks}, "uncertainty" or None, got {weights!r}.')
         self.register_buffer("weights", torch.tensor([float(fixed[task]) for task in self.tasks]), persistent=False)
 
     def forward(self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch."""
         for what, given in (("logits", logits), ("labels", labels)):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"TaskLoss expected {what} as a dict by task, got {type(given).__name__}.")
             if set(given) != set(self.tasks):
                 raise ValueError(f"TaskLoss expected {what} of the tasks {self.tasks}, got {list(given)}.")
-        each = []
+        each, counts = [], []
         for task in self.tasks:
-            total = F.cross_entropy(logits[task], labels[task], ignore_index=IGNORED, reduction="sum")
-            each.append(total / (labels[task] != IGNORED).sum().clamp(min=1))
-        losses = torch.stack(each)
+            z = logits[task].to(torch.promote_types(logits[task].dtype, torch.float32))  # a sum of many overflows float16
+            each.append(F.cross_entropy(z, labels[task], ignore_index=IGNORED, reduction="sum"))
+            counts.append((labels[task] != IGNORED).sum())
+        count = torch.stack(counts)
+        losses = torch.stack(each) / count.clamp(min=1)
         if self.log_variances is None:
             return (self.weights.to(losses) * losses).sum()
-        return (torch.exp(-self.log_variances) * losses + self.log_variances / 2).sum()
+        return (torch.exp(-self.log_variances) * losses + (count > 0) * self.log_variances / 2).sum()
+
+
+def is_weight(weight: Any) -> bool:
+    """Whether it is a finite number >= 0."""
+    return isinstance(weight, Real) and 0 <= float(weight) < math.inf

@@ -1,5 +1,7 @@
 """The loss of several tasks."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,16 +48,41 @@ def test_a_task_without_labels_adds_zero_and_no_gradient():
     assert logits["a"].grad.any()
 
 
-@pytest.mark.parametrize("weights", [{"a": 1}, {"a": 1, "b": -1}, {"a": 1, "b": 1, "c": 1}, "learned", 0.5])
+def test_a_task_without_labels_moves_no_learned_weight():
+    """Else its weight would grow with every batch that knows nothing of it."""
+    loss = TaskLoss(["a", "b"], "uncertainty")
+    loss.log_variances.data.copy_(torch.tensor([0.5, -1.0]))
+    total = loss(LOGITS, LABELS | {"b": torch.full((4,), -100)})
+    assert_same_math(total, each()[0] * torch.tensor(-0.5).exp() + 0.25)
+    total.backward()
+    assert loss.log_variances.grad[0] != 0
+    assert loss.log_variances.grad[1] == 0  # and there is one: DDP finds no parameter unused
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_loss_is_float32_at_least_and_does_not_overflow(dtype):
+    logits = torch.tensor([[0.0, 6e4]]).expand(4, -1).to(dtype)
+    total = TaskLoss(["a"])({"a": logits}, {"a": torch.zeros(4).long()})
+    assert total.dtype == torch.promote_types(dtype, torch.float32)
+    assert_same_math(total, logits[0, 1].to(total.dtype))
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 1}, *({"a": 1, "b": w} for w in (-1, math.nan, math.inf, "1", None)), {"a": 1, "b": 1, "c": 1}, "learned", 0.5]
+)
 def test_bad_weights_are_refused(weights):
     with pytest.raises(ValueError, match=r"expected weights >= 0 for \['a', 'b'\], \"uncertainty\" or None"):
         TaskLoss(["a", "b"], weights)
 
 
-@pytest.mark.parametrize("tasks", ["ab", []])
+@pytest.mark.parametrize("tasks", ["ab", "", [], ["a", "b", "a"]])
 def test_bad_tasks_are_refused(tasks):
-    with pytest.raises(ValueError, match="expected the names of the tasks"):
+    with pytest.raises(ValueError, match="expected the names of the tasks, each once, got"):
         TaskLoss(tasks)
+
+
+def test_tasks_may_be_those_of_fuse():
+    assert TaskLoss({"a": 3, "b": 5}).tasks == ["a", "b"]
 
 
 def test_other_tasks_are_refused():
@@ -63,3 +90,7 @@ def test_other_tasks_are_refused():
         TaskLoss(["a"])(LOGITS, LABELS)
     with pytest.raises(ValueError, match=r"expected labels of the tasks \['a', 'b'\], got \['a'\]"):
         TaskLoss(["a", "b"])(LOGITS, {"a": LABELS["a"]})
+    with pytest.raises(TypeError, match="expected logits as a dict by task, got list"):
+        TaskLoss(["a", "b"])([*LOGITS.values()], LABELS)
+    with pytest.raises(TypeError, match="expected labels as a dict by task, got Tensor"):
+        TaskLoss(["a", "b"])(LOGITS, LABELS["a"])
