@@ -68,7 +68,8 @@ def test_the_loss_is_float32_at_least_and_does_not_overflow(dtype):
 
 
 @pytest.mark.parametrize(
-    "weights", [{"a": 1}, *({"a": 1, "b": w} for w in (-1, math.nan, math.inf, "1", None)), {"a": 1, "b": 1, "c": 1}, "learned", 0.5]
+    "weights",
+    [{"a": 1}, *({"a": 1, "b": w} for w in (-1, math.nan, math.inf, "1", None)), {"a": 1, "b": 1, "c": 1}, "learned", 0.5],
 )
 def test_bad_weights_are_refused(weights):
     with pytest.raises(ValueError, match=r"expected weights >= 0 for \['a', 'b'\], \"uncertainty\" or None"):
