@@ -128,7 +128,7 @@ def evaluating(model: nn.Module, *, dropout: bool) -> Iterator[None]:
 
 def is_dropout(module: nn.Module) -> bool:
     """Whether a module's own mode decides on dropout: it is one, or it hands the rate of one to fused attention (timm)."""
-    return isinstance(module, _DropoutNd) or hasattr(module, "attn_drop") or hasattr(module, "attn_drop_p")
+    return isinstance(module, _DropoutNd) or hasattr(module, "attn_drop")
 
 
 class DropoutMode(TorchFunctionMode):

@@ -241,6 +241,17 @@ def test_modes_statistics_weights_and_random_state_are_as_before(run, fails):
     assert torch.is_grad_enabled()
 
 
+def test_members_may_share_a_part():
+    """Its modes come back although every member changes them."""
+    body = net(classes=8)
+    models = [nn.Sequential(body, nn.Linear(8, 4)) for _ in range(2)]
+    body.train()
+    body[1].eval()
+    before = [modes(model) for model in models]
+    ensemble(models, X, samples=2)
+    assert [modes(model) for model in models] == before
+
+
 def test_a_train_method_of_its_own_is_never_called():
     """It may do what cannot be undone, such as merging weights."""
     model = net()
