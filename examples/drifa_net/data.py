@@ -1,11 +1,11 @@
 """Collections of medical images as DRIFA-Net eats them: split, cleaned, augmented, paired. (INTERFACE FIRST; bodies follow.)
 
-    data = load(["HAM10000/", "SIPaKMeD/"], seed=0)          # one path a branch; none: scikit-learn's digits in two halves
-    net = DrifaNet(data.heads, branches=len(data.branches))
-    for epoch in range(epochs):
-        data.train.set_epoch(epoch)                          # new pairing, order and augmentation; DataLoader(shuffle=False)
-        for images, targets in DataLoader(data.train, 32):   # list of m `b 3 h w` float32 in [-1, 1], `b k` int64
-            ...
+data = load(["HAM10000/", "SIPaKMeD/"], seed=0)          # one path a branch; none: scikit-learn's digits in two halves
+net = DrifaNet(data.heads, branches=len(data.branches))
+for epoch in range(epochs):
+    data.train.set_epoch(epoch)                          # new pairing, order and augmentation; DataLoader(shuffle=False)
+    for images, targets in DataLoader(data.train, 32):   # list of m `b 3 h w` float32 in [-1, 1], `b k` int64
+        ...
 """
 
 from collections.abc import Callable, Sequence

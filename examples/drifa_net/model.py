@@ -95,11 +95,13 @@ class DrifaNet(nn.Module):
         check_count("DrifaNet", "branches", branches)
         check_count("DrifaNet", "width", width)
         self.in_channels = per_modality("DrifaNet", "in_channels", in_channels, branches)
+        if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
+            raise ValueError(f"DrifaNet expected heads to list the classes of each task, e.g. (5, 7), got {heads!r}.")
         for name, values in (("in_channels", self.in_channels), ("heads", heads)):
             for value in values:
                 check_count("DrifaNet", name, value)
-        if not heads:
-            raise ValueError("DrifaNet expected the classes of at least one task in heads, got none.")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"DrifaNet expected dropout in [0, 1], got {dropout!r}.")
         if padding not in ("symmetric", "same"):
             raise ValueError(f'DrifaNet expected padding "symmetric" or "same", got {padding!r}.')
         self.padding = padding
