@@ -1,61 +1,158 @@
-"""Collections of medical images as DRIFA-Net eats them: split, cleaned, augmented, paired. (INTERFACE FIRST; bodies follow.)
+"""Collections of images as DRIFA-Net takes them: split, cleaned, augmented, one image a branch; `sources.py` reads them.
 
-data = load(["HAM10000/", "SIPaKMeD/"], seed=0)          # one path a branch; none: scikit-learn's digits in two halves
-net = DrifaNet(data.heads, branches=len(data.branches))
-for epoch in range(epochs):
-    data.train.set_epoch(epoch)                          # new pairing, order and augmentation; DataLoader(shuffle=False)
-    for images, targets in DataLoader(data.train, 32):   # list of m `b 3 h w` float32 in [-1, 1], `b k` int64
-        ...
+`load` reads one collection a branch and makes one task of each, or, given none, scikit-learn's digits: two views, two tasks.
+
+Splits are the publisher's where there are such, else a fifth of the images is for testing and an eighth of the others for
+validation, stratified by class, lesions and slides never in two of them. An image of validation or test that shows what an image
+before it in train, validation, test does, to within rounding, is dropped. Augmentation touches training images alone.
+
+The collections have no patients in common, but the network wants an image for each branch: they are paired by chance, anew every
+epoch. For validation and test each image is counted once, for its own task; the longer collection's further images get partners
+drawn again from the other's same split, whose labels are not counted a second time. So no metric sees an image twice, and none
+tells anything of what one modality says about the other's patient.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-IGNORE = -100  # the target of an image whose label was counted before; what `cross_entropy` ignores by default
+from examples.drifa_net.sources import Collection, halves, read
+
+SPLITS = ("train", "validation", "test")
+TEST_FOLDS, VALIDATION_FOLDS = 5, 8  # one of five for testing, one of eight of the rest for validation
+SIZE, DIGITS_SIZE = 128, 32
+THUMBNAIL, SAME = 32, 3  # images whose grey thumbnails differ nowhere by more than SAME of 255 show the same
+SHIFT = 0.1  # of height and width, at most
+IGNORE = -100  # the target of an image whose label is counted elsewhere; what `cross_entropy` and `TaskLoss` leave out
+
+Augmentation = Callable[[Tensor, Generator], Tensor]
+
+
+class Images(Dataset[Tensor]):
+    """Some images of a collection as `3 h w` uint8, decoded on demand and, if `cache`, once (a copy in each worker)."""
+
+    def __init__(self, collection: Collection, chosen: np.ndarray, size: tuple[int, int], *, cache: bool = False) -> None:
+        self.collection, self.chosen, self.size = collection, chosen, size
+        self.cached: dict[int, Tensor] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self.cached is None:
+            return self.collection.image(self.chosen[i], self.size)
+        if i not in self.cached:
+            self.cached[i] = self.collection.image(self.chosen[i], self.size)
+        return self.cached[i]
 
 
 class Pairs(Dataset[tuple[list[Tensor], Tensor]]):
-    """One image a branch and one target a task, for one of the three splits.
+    """One image a branch and one target a task, for one split.
 
-    len(pairs) is the length of the longest branch. The order is the dataset's own (drawn from seed and, in training, epoch), so
-    a DataLoader takes it with `shuffle=False`, and a run resumed in the middle of an epoch skips what it has seen.
-    Item i -> (images, targets): images a list of m `3 h w` float32 in [-1, 1], targets `k` int64.
-    In training every target counts, each image of the longest branch once an epoch, the shorter branches' evenly repeated.
-    In evaluation each image's target counts exactly once and is IGNORE where the image is only there as a partner: gather
-    logits and targets over the split and leave those targets out (a batch may have none of a task: a mean over it is NaN).
+    It has the length of the longest branch and an order of its own, drawn from `seed` and, in training, the epoch: a DataLoader
+    takes it with `shuffle=False`, and a run resumed within an epoch skips what it has seen. In training every target counts; an
+    epoch has each image of the longest branch once and those of the others as evenly as can be. Otherwise each image's target
+    is there once, and IGNORE where the image is a partner only: a batch may have none of a task.
+
+    Args:
+        images: the images of each branch.
+        labels: of each task, `n` classes: of the branch of that number, or of the sample if `paired`.
+        seed: of order, pairing and augmentation, >= 0.
+        training: whether epochs differ and images repeat as their targets do.
+        paired: whether image i of all branches is one sample.
+        augmentation: of `3 h w` in [-1, 1] with a generator of its own for epoch, item and branch; None for none.
+
+    Shape: item i -> images, a list of m `3 h w` float32 in [-1, 1], and targets `k` int64.
+    Raises: ValueError: no image in a branch, or as many labels as do not fit.
     """
 
+    def __init__(
+        self,
+        images: Sequence[Images],
+        labels: Sequence[np.ndarray],
+        *,
+        seed: int,
+        training: bool = False,
+        paired: bool = False,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        sizes = [len(branch) for branch in images]
+        expected = [sizes[0]] * len(labels) if paired and len(set(sizes)) == 1 else sizes
+        if not all(sizes) or [len(task) for task in labels] != expected:
+            raise ValueError(
+                f"Pairs expected a label for each image, got {[len(t) for t in labels]} labels for {sizes} images."
+            )
+        self.images, self.labels, self.seed, self.training, self.paired = images, labels, seed, training, paired
+        self.augmentation = augmentation
+        self.set_epoch(0)
+
     def set_epoch(self, epoch: int) -> None:
-        """Draw the pairing of this epoch (training; evaluation keeps one). Before the loader's workers start; no persistent ones."""
-        raise NotImplementedError
+        """Draw the order, pairing and augmentation of an epoch (in training), before the loader's workers are started."""
+        self.epoch = epoch if self.training else 0
+        draw = np.random.default_rng([self.seed, self.epoch])
+        sizes, length = [len(branch) for branch in self.images], len(self)
+        if self.paired:
+            order = np.tile(draw.permutation(length)[:, None], len(sizes))
+            targets = np.stack([task[order[:, 0]] for task in self.labels], 1)
+        else:
+            rounds = [np.concatenate([draw.permutation(n) for _ in range(-(-length // n))])[:length] for n in sizes]
+            order, columns = np.stack(rounds, 1), []
+            for task, chosen in zip(self.labels, rounds, strict=True):
+                counted = self.training | (np.arange(length) < len(task))
+                columns.append(np.where(counted, task[chosen], IGNORE))
+            targets = np.stack(columns, 1)
+        self.order, self.targets = order, torch.from_numpy(targets.astype(np.int64))
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return max(len(branch) for branch in self.images)
 
     def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor]:
-        raise NotImplementedError
+        images = [branch[j].float() / 127.5 - 1 for branch, j in zip(self.images, self.order[i].tolist(), strict=True)]
+        if self.augmentation is not None:
+            for b, image in enumerate(images):
+                seed = np.random.SeedSequence([self.seed, self.epoch, i % len(self), b]).generate_state(1)[0]
+                images[b] = self.augmentation(image, Generator().manual_seed(int(seed)))
+        return images, self.targets[i]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on."""
+    """What a run trains on; printed, it says what was read, how it was split and what was dropped.
 
-    branches: tuple[str, ...]  # a name each: "ham10000", "sipakmed", "left", ...
-    tasks: dict[str, tuple[str, ...]]  # name of each task -> its classes, in the order of targets' columns
+    `branches` are names; `tasks` name the classes of each column of the targets; `report` goes into a run's JSON.
+    """
+
+    branches: tuple[str, ...]
+    tasks: dict[str, tuple[str, ...]]
     train: Pairs
     validation: Pairs
     test: Pairs
-    report: dict[str, Any]  # for a run's JSON and its first lines: source, counts a split and class, duplicates dropped, notes
+    report: dict[str, Any]
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Classes of each task, as DrifaNet takes them."""
+        """The classes of each task, as DrifaNet takes them."""
         return tuple(len(classes) for classes in self.tasks.values())
+
+    def __str__(self) -> str:
+        lines = []
+        for name, branch in self.report["branches"].items():
+            counts = ", ".join(f"{split} {sum(classes.values())}" for split, classes in branch["images"].items())
+            lines.append(f"{name}: {counts}; {branch['size'][0]}x{branch['size'][1]} px; split {branch['split']}")
+            dropped = " and ".join(f"{count} of {split}" for split, count in branch["duplicates"].items() if count)
+            lines += [f"  dropped as duplicates: {dropped}"] if dropped else []
+            lines += [f"  {note}" for note in branch["notes"]]
+        return "\n".join(lines)
 
 
 def load(
@@ -67,22 +164,191 @@ def load(
     augmentation: bool = True,
     cache: bool = True,
 ) -> Data:
-    """Read one collection a branch (each its own task), or the digits where no path is given (two views, two tasks).
+    """Read a collection for each branch, or the digits in two halves where no path is given.
 
     Args:
-        paths: a folder or an .npz each.
-        kinds: "ham10000", "sipakmed", "brain_mri", "iq_othnccd" or "npz" for each path; None to find it out.
-        size: height and width of the images; None: 32 for the digits (halves are size x size/2), an archive's own, else 128.
-        seed: of splits, pairing and augmentation.
-        augmentation: flips, turns and shifts of training images.
-        cache: keep decoded images in memory.
+        paths: a folder or an .npz for each branch; each is a task.
+        kinds: what is there, as keys of `sources.READERS`; None to find out.
+        size: height and width of the images, >= 1; None for an archive's own, else 128, and 32 for the digits, whose halves are
+            `size` high and half as wide.
+        seed: of splits, pairing and augmentation, >= 0.
+        augmentation: whether training images are flipped, turned and shifted (digits: shifted).
+        cache: whether images stay decoded, at 3 · size² bytes each.
+
+    Raises: FileNotFoundError, ValueError: something of a collection is missing or not what it should be.
     """
-    raise NotImplementedError
+    for name, value, least in (("size", size, 1), ("seed", seed, 0)):
+        if not (name == "size" and value is None) and (type(value) is not int or value < least):
+            raise ValueError(f"load expected {name} to be an integer >= {least}, got {value!r}.")
+    if isinstance(paths, str | Path):
+        raise ValueError(f"load expected a list of paths, one for each branch, got {paths!r}: write [{str(paths)!r}].")
+    if kinds is not None and len(kinds) != len(paths):
+        raise ValueError(f"load expected a kind or None for each of {len(paths)} paths, got {list(kinds)}.")
+    if not paths:
+        return digits(size or DIGITS_SIZE, seed, augmentation, cache)
+
+    branches: dict[str, Collection] = {}
+    for path, kind in zip(paths, kinds or [None] * len(paths), strict=True):
+        collection = read(path, kind)
+        times = sum(other.name == collection.name for other in branches.values())
+        branches[f"{collection.name}-{times + 1}" if times else collection.name] = collection
+    report: dict[str, Any] = {"seed": seed, "pairing": "by chance", "branches": {}}
+    parts: dict[str, list[tuple[Images, np.ndarray]]] = {split: [] for split in SPLITS}
+    for name, collection in branches.items():
+        own = collection.images.shape[1:3] if isinstance(collection.images, np.ndarray) else (SIZE, SIZE)
+        shape = (size, size) if size else own
+        split = divide(collection, seed)
+        dropped = drop_duplicates(collection, split)
+        check_classes(collection, split)
+        report["branches"][name] = describe(collection, split, shape, dropped)
+        for part, key in enumerate(SPLITS):
+            chosen = np.flatnonzero(split == part)
+            parts[key].append((Images(collection, chosen, shape, cache=cache), collection.labels[chosen]))
+    pairs = {
+        key: Pairs(
+            *zip(*parts[key], strict=True), seed=seed, training=key == "train", augmentation=augment_in(key, augmentation)
+        )
+        for key in SPLITS
+    }
+    return Data(tuple(branches), {name: c.classes for name, c in branches.items()}, **pairs, report=report)
+
+
+def digits(size: int, seed: int, augmentation: bool, cache: bool) -> Data:
+    """Scikit-learn's digits: left and right halves of each, told apart as digits and as even or odd."""
+    left, right, parity = halves()
+    shape, split, pairs = (size, max(size // 2, 1)), divide(left, seed), {}
+    for part, key in enumerate(SPLITS):
+        chosen = np.flatnonzero(split == part)
+        images = [Images(view, chosen, shape, cache=cache) for view in (left, right)]
+        labels = [left.labels[chosen], parity[chosen]]
+        moved = shift if augmentation and key == "train" else None
+        pairs[key] = Pairs(images, labels, seed=seed, training=key == "train", paired=True, augmentation=moved)
+    described = {view.name: describe(view, split, shape, {}) for view in (left, right)}
+    report = {"seed": seed, "pairing": "two views of each sample", "branches": described}
+    return Data(("left", "right"), {"digit": left.classes, "parity": ("even", "odd")}, **pairs, report=report)
+
+
+def divide(collection: Collection, seed: int) -> np.ndarray:
+    """The split of each image: 0 train, 1 validation, 2 test. Stored ones stay; validation may be drawn from stored training."""
+    counts = np.bincount(collection.labels, minlength=len(collection.classes))
+    for label, count in zip(collection.classes, counts, strict=True):
+        if count < len(SPLITS):
+            raise ValueError(
+                f"{collection.name}: class {label!r} of {collection.source} has {count} image{'s' * (count != 1)}, and training, "
+                "validation and test need one each: add images, or take the class out."
+            )
+    split = np.zeros(len(collection), np.int64) if collection.split is None else collection.split.astype(np.int64)
+    if collection.split is None:
+        draw(collection, split, 2, TEST_FOLDS, seed)
+    if not (split == 1).any():
+        draw(collection, split, 1, VALIDATION_FOLDS, seed)
+    return split
+
+
+def draw(collection: Collection, split: np.ndarray, part: int, folds: int, seed: int) -> None:
+    """Move one of so many stratified folds of the training images to a part: the first with all classes on both sides."""
+    training = np.flatnonzero(split == 0)
+    labels = collection.labels[training]
+    groups = None if collection.groups is None else collection.groups[training]
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    everything = len(collection.classes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes smaller than the number of folds: the loop below looks at them
+            for kept, moved in kind(folds, shuffle=True, random_state=seed).split(training, labels, groups):
+                if len(np.unique(labels[kept])) == everything == len(np.unique(labels[moved])):
+                    split[training[moved]] = part
+                    return
+            reason = "no fold has all classes on both sides"
+    except ValueError as error:  # scikit-learn's, of fewer images than folds
+        reason = str(error)
+    few = min(zip(np.bincount(labels, minlength=everything), collection.classes, strict=True))
+    raise ValueError(
+        f"{collection.name}: {collection.source} cannot give one of {folds} parts for {SPLITS[part]} ({reason}); its smallest class, "
+        f"{few[1]!r}, has {few[0]} images to draw from: add images{'' if groups is None else ' of more lesions or slides'}, or take "
+        "the class out."
+    )
+
+
+def drop_duplicates(collection: Collection, split: np.ndarray) -> dict[str, int]:
+    """Mark as −1 what shows an image of an earlier split, or earlier of its own, and count it. This decodes, and so checks, all."""
+    thumbnails = np.stack([thumbnail(collection, i) for i in range(len(collection))])
+    dropped = {}
+    for part in (1, 2):
+        before, images = np.flatnonzero((split >= 0) & (split < part)), np.flatnonzero(split == part)
+        known = same_as(thumbnails[images], thumbnails[before])
+        known |= same_as(thumbnails[images], thumbnails[images], earlier=True)
+        split[images[known]] = -1
+        dropped[SPLITS[part]] = int(known.sum())
+    return dropped
+
+
+def thumbnail(collection: Collection, i: int) -> np.ndarray:
+    """Image i in small and grey, as a vector."""
+    image = collection.open(i, "L", at_least=2 * THUMBNAIL)
+    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel() - 127.5
+
+
+def same_as(ours: np.ndarray, others: np.ndarray, *, earlier: bool = False) -> np.ndarray:
+    """Which of our thumbnails differ nowhere by more than SAME from one of the others (or from an earlier one of ours)."""
+    found = np.zeros(len(ours), bool)
+    limit = ours.shape[1] * SAME**2 + 1e3  # of the squared distance that a product of matrices gives, with its rounding
+    norms = (others**2).sum(1)
+    for start in range(0, len(ours), 256):
+        rows = ours[start : start + 256]
+        distance = (rows**2).sum(1)[:, None] + norms - 2 * rows @ others.T
+        for row, other in np.argwhere(distance <= limit):
+            if not earlier or other < start + row:
+                found[start + row] |= np.abs(rows[row] - others[other]).max() <= SAME
+    return found
+
+
+def check_classes(collection: Collection, split: np.ndarray) -> None:
+    """Raise a `ValueError` unless each split has images of each class."""
+    for part, key in enumerate(SPLITS):
+        absent = set(range(len(collection.classes))) - set(collection.labels[split == part].tolist())
+        if absent:
+            raise ValueError(
+                f"{collection.name}: the {key} split of {collection.source} has no image of class "
+                f"{collection.classes[min(absent)]!r} once duplicates are dropped: add images, or take the class out."
+            )
+
+
+def describe(collection: Collection, split: np.ndarray, shape: tuple[int, int], dropped: dict[str, int]) -> dict[str, Any]:
+    """What a run's JSON says of a branch."""
+    counts = {
+        key: dict(zip(collection.classes, np.bincount(collection.labels[split == part]).tolist(), strict=True))
+        for part, key in enumerate(SPLITS)
+    }
+    drawn = "by class" if collection.groups is None else "by class and group"
+    kept = (
+        drawn
+        if collection.split is None
+        else "the publisher's"
+        if 1 in collection.split
+        else "the publisher's, validation drawn"
+    )
+    source = "scikit-learn" if collection.source is None else collection.source.name
+    notes = list(collection.notes)
+    return {"source": source, "size": list(shape), "split": kept, "images": counts, "duplicates": dropped, "notes": notes}
+
+
+def augment_in(key: str, wanted: bool) -> Augmentation | None:
+    """The augmentation of a split of pictures that have no up and no left."""
+    return augment if wanted and key == "train" else None
 
 
 def augment(image: Tensor, generator: Generator) -> Tensor:
-    """A random flip, quarter turn and small shift of `c h w`."""
-    raise NotImplementedError
+    """Flip `c h w` or not, turn it by a multiple of 90 degrees (of 180 where it is no square) and shift it."""
+    flip, turns = (int(torch.randint(n, (), generator=generator)) for n in (2, 4))
+    square = image.shape[-2] == image.shape[-1]
+    image = torch.rot90(image.flip(-1) if flip else image, turns if square else 2 * turns, (-2, -1))
+    return shift(image, generator)
 
 
-Augmentation = Callable[[Tensor, Generator], Tensor]
+def shift(image: Tensor, generator: Generator) -> Tensor:
+    """Move `c h w` by up to a tenth of its size each way, its edge repeated behind it."""
+    margins = [int(SHIFT * n) for n in image.shape[-2:]]
+    top, left = (int(torch.randint(2 * margin + 1, (), generator=generator)) for margin in margins)
+    padded = F.pad(image, (margins[1], margins[1], margins[0], margins[0]), mode="replicate")
+    return padded[:, top : top + image.shape[1], left : left + image.shape[2]].contiguous()

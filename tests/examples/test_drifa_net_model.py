@@ -18,8 +18,8 @@ from tests.golden import fullnet_weights
 
 GOLDEN_FOLDER = Path(__file__).parent.parent / "golden"
 # At 128x128 one ReLU or maximum sits within float32's rounding of its kink: the golden's gradients are those of its other side
-# (our float64 run differs from them by as much, 4.6e-3 of a gradient's norm). At 65x65 none does. Under training batch norms the
-# gradients before them are small differences of large terms: float64 differs from the golden's by 8e-5.
+# (our float64 run differs from them by as much, 4.6e-3 of a gradient's norm). At 65x65 none does. Under training batch norms
+# the gradients before them are small differences of large terms: float64 differs from the golden's by 8e-5.
 GRADIENTS = {"128x128_b2_infer": 6e-3, "65x65_b2_infer": GOLDEN, "65x65_b2_bntrain": 1e-4}
 WHOLE = [
     ("65x65_b2_infer", "symmetric"),
