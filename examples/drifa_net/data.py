@@ -2,17 +2,19 @@
 
 `load` reads one collection a branch and makes one task of each, or, given none, scikit-learn's digits: two views, two tasks.
 
-Splits are the publisher's where there are such, else a fifth of the images is for testing and an eighth of the others for
-validation, stratified by class, lesions and slides never in two of them. An image of validation or test that shows what an image
-before it in train, validation, test does, to within rounding, is dropped. Augmentation touches training images alone.
+Splits are the publisher's where there are any. Else a fifth of the images is for testing and an eighth of the others for
+validation, stratified by class, with no lesion or slide in two of them. What shows the same as a training image, to within
+rounding, is dropped from validation and test, and so is what shows the same as another image there. Augmentation is for
+training alone.
 
-The collections have no patients in common, but the network wants an image for each branch: they are paired by chance, anew every
-epoch. For validation and test each image is counted once, for its own task; the longer collection's further images get partners
-drawn again from the other's same split, whose labels are not counted a second time. So no metric sees an image twice, and none
-tells anything of what one modality says about the other's patient.
+Collections have no patients in common, but the network wants an image for each branch: they are paired by chance, anew in
+every epoch. In validation and test each image is counted once, for its own task. Where a collection runs out before the other,
+images of it are drawn again as partners, from the same split, and their labels are not counted again. So no metric sees an
+image twice, and none says anything of what one modality tells about a patient of the other.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from examples.drifa_net.sources import Collection, halves, read
 SPLITS = ("train", "validation", "test")
 TEST_FOLDS, VALIDATION_FOLDS = 5, 8  # one of five for testing, one of eight of the rest for validation
 SIZE, DIGITS_SIZE = 128, 32
-THUMBNAIL, SAME = 32, 3  # images whose grey thumbnails differ nowhere by more than SAME of 255 show the same
+THUMBNAIL, SAME = 32, 2  # images whose grey thumbnails differ nowhere by more than SAME of 255 show the same
 SHIFT = 0.1  # of height and width, at most
 IGNORE = -100  # the target of an image whose label is counted elsewhere; what `cross_entropy` and `TaskLoss` leave out
 
@@ -229,15 +231,17 @@ def digits(size: int, seed: int, augmentation: bool, cache: bool) -> Data:
 
 
 def divide(collection: Collection, seed: int) -> np.ndarray:
-    """The split of each image: 0 train, 1 validation, 2 test. Stored ones stay; validation may be drawn from stored training."""
+    """The split of each image: 0 train, 1 validation, 2 test; the publisher's stays, and gets a validation if it has none."""
     counts = np.bincount(collection.labels, minlength=len(collection.classes))
     for label, count in zip(collection.classes, counts, strict=True):
         if count < len(SPLITS):
             raise ValueError(
-                f"{collection.name}: class {label!r} of {collection.source} has {count} image{'s' * (count != 1)}, and training, "
-                "validation and test need one each: add images, or take the class out."
+                f"{collection.name}: class {label!r} of {collection.source} has {count} image{'s' * (count != 1)}, and "
+                "training, validation and test need one each: add images, or take the class out."
             )
     split = np.zeros(len(collection), np.int64) if collection.split is None else collection.split.astype(np.int64)
+    if collection.split is not None and not {0, 2} <= set(split.tolist()):
+        raise ValueError(f"{collection.name}: the split of {collection.source} needs images of 0 (train) and 2 (test).")
     if collection.split is None:
         draw(collection, split, 2, TEST_FOLDS, seed)
     if not (split == 1).any():
@@ -250,8 +254,8 @@ def draw(collection: Collection, split: np.ndarray, part: int, folds: int, seed:
     training = np.flatnonzero(split == 0)
     labels = collection.labels[training]
     groups = None if collection.groups is None else collection.groups[training]
-    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    everything = len(collection.classes)
+    everything, grouped = len(collection.classes), groups is not None
+    kind = StratifiedGroupKFold if grouped else StratifiedKFold
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of classes smaller than the number of folds: the loop below looks at them
@@ -262,16 +266,15 @@ def draw(collection: Collection, split: np.ndarray, part: int, folds: int, seed:
             reason = "no fold has all classes on both sides"
     except ValueError as error:  # scikit-learn's, of fewer images than folds
         reason = str(error)
-    few = min(zip(np.bincount(labels, minlength=everything), collection.classes, strict=True))
+    count, fewest = min(zip(np.bincount(labels, minlength=everything), collection.classes, strict=True))
     raise ValueError(
-        f"{collection.name}: {collection.source} cannot give one of {folds} parts for {SPLITS[part]} ({reason}); its smallest class, "
-        f"{few[1]!r}, has {few[0]} images to draw from: add images{'' if groups is None else ' of more lesions or slides'}, or take "
-        "the class out."
+        f"{collection.name}: {collection.source} cannot give one of {folds} parts to {SPLITS[part]} ({reason}); its smallest "
+        f"class here, {fewest!r}, has {count} images: add some{' of other groups' if grouped else ''}, or take the class out."
     )
 
 
 def drop_duplicates(collection: Collection, split: np.ndarray) -> dict[str, int]:
-    """Mark as −1 what shows an image of an earlier split, or earlier of its own, and count it. This decodes, and so checks, all."""
+    """Mark as −1 what shows the same as an image of an earlier split, or earlier in its own; their numbers. It decodes all."""
     thumbnails = np.stack([thumbnail(collection, i) for i in range(len(collection))])
     dropped = {}
     for part in (1, 2):
@@ -330,6 +333,10 @@ def describe(collection: Collection, split: np.ndarray, shape: tuple[int, int], 
     )
     source = "scikit-learn" if collection.source is None else collection.source.name
     notes = list(collection.notes)
+    if collection.groups is not None:
+        homes = {(group, part) for group, part in zip(collection.groups.tolist(), split.tolist(), strict=True) if part >= 0}
+        if leaks := sum(parts > 1 for parts in Counter(group for group, _ in homes).values()):
+            notes.append(f"the publisher's split has {leaks} groups in more than one part")
     return {"source": source, "size": list(shape), "split": kept, "images": counts, "duplicates": dropped, "notes": notes}
 
 

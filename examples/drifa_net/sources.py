@@ -1,16 +1,21 @@
 """Four public collections of medical images in the form their publishers ship them, archives, and scikit-learn's digits.
 
-| kind | what, where | licence, as stated there | what `read` expects in the folder |
-|---|---|---|---|
-| `ham10000` | skin lesions: Harvard Dataverse, doi:10.7910/DVN/DBW86T | CC BY-NC 4.0 | `HAM10000_metadata.csv`, `HAM10000_images_part_1/*.jpg`, `..._2/*.jpg` |
-| `sipakmed` | pap-smear cells: cs.uoi.gr/~marina/sipakmed.html | for experiments, on citing its paper; no formal licence | `im_<class>/.../CROPPED/<slide>_<cell>.bmp` |
-| `brain_mri` | brain tumours, collected by M. Nickparvar: kaggle.com, masoudnickparvar/brain-tumor-mri-dataset | CC0 1.0 | `Training/<class>/*.jpg`, `Testing/<class>/*.jpg` |
-| `iq_othnccd` | lung CT slices: Mendeley Data, doi:10.17632/bhmdr45bh2 | CC BY 4.0 | `Bengin cases/`, `Malignant cases/`, `Normal cases/` |
-| `npz` | an archive of one's own | | `images` (n h w, n h w 3) uint8, `labels`, `classes`, perhaps `split` (0 train, 1 validation, 2 test), `lesion_id`, `slide` or `group` |
+Each kind, what it is and where to get it, its licence as stated there, and what `read` expects in its folder:
+
+- `ham10000`: lesions of the skin; Harvard Dataverse, doi:10.7910/DVN/DBW86T; CC BY-NC 4.0;
+  `HAM10000_metadata.csv`, `HAM10000_images_part_1/*.jpg`, `HAM10000_images_part_2/*.jpg`.
+- `sipakmed`: cells of pap smears; cs.uoi.gr/~marina/sipakmed.html; for experiments if its paper is cited, no formal licence;
+  `im_<class>/.../CROPPED/<slide>_<cell>.bmp`.
+- `brain_mri`: tumours of the brain, collected by M. Nickparvar; kaggle.com/datasets/masoudnickparvar/brain-tumor-mri-dataset;
+  CC0 1.0; `Training/<class>/*.jpg`, `Testing/<class>/*.jpg`.
+- `iq_othnccd`: CT slices of the lung; Mendeley Data, doi:10.17632/bhmdr45bh2; CC BY 4.0;
+  `Bengin cases/`, `Malignant cases/`, `Normal cases/`.
+- `npz`: an archive of one's own: `images` (n, h, w) or (n, h, w, 3) of uint8, `labels` (n), `classes`, and perhaps `split` (n;
+  0 train, 1 validation, 2 test) and `lesion_id`, `slide` or `group` (n), whose images stay together.
 
 Nothing is downloaded: read each one's conditions before use. The folder may be the one an archive unpacked to, with the
-collection inside as its only folder. HAM10000's images are grouped by lesion, SIPaKMeD's by slide; the other two tell nothing of
-their patients, so slices of one patient may be in several splits, and results on them are optimistic.
+collection inside as its only folder. HAM10000's images are grouped by lesion, SIPaKMeD's by slide. The other two say nothing of
+patients, so slices of one may be in several splits, and results on them are optimistic.
 """
 
 import csv
@@ -20,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -67,7 +73,7 @@ class Collection:
                 return image.convert(mode)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
-                f"{self.where(i)} is no readable image ({error}): unpack the collection again, or delete the file and its label."
+                f"{self.where(i)} is no readable image ({error}): unpack it again, or delete it and its line in a table."
             ) from error
 
     def image(self, i: int, size: tuple[int, int]) -> Tensor:
@@ -177,9 +183,10 @@ def iq_othnccd(root: Path) -> Collection:
 def npz(path: Path) -> Collection:
     """An archive of decoded images."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file)
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
         raise ValueError(f"npz: {path} is no archive of plain arrays ({error}): write it with numpy.savez.") from error
 
     def need(true: bool, what: str) -> None:
@@ -193,9 +200,8 @@ def npz(path: Path) -> Collection:
     right = images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and shape[3] == 3)) and 0 not in shape
     need(right, f"needs images (n, h, w) or (n, h, w, 3) of uint8, got {shape} of {images.dtype}")
     need(labels.dtype.kind in "iu" and labels.shape == shape[:1], f"needs an integer label for each of its {shape[0]} images")
-    need(
-        classes.ndim == 1 and 0 <= labels.min() <= labels.max() < len(classes), f"has labels beyond its {len(classes)} classes"
-    )
+    need(classes.ndim == 1, f"needs classes to list their names, got {classes!r}")
+    need(0 <= labels.min() <= labels.max() < len(classes), f"has labels beyond its {len(classes)} classes")
     key = next((name for name in GROUP_KEYS if name in arrays), None)
     groups, split = arrays.get(key or ""), arrays.get("split")
     need(groups is None or groups.shape == labels.shape, f"needs one {key!r} an image")
@@ -205,7 +211,7 @@ def npz(path: Path) -> Collection:
 
 
 def halves() -> tuple[Collection, Collection, np.ndarray]:
-    """Two real views of one thing: scikit-learn's 1797 scanned digits (8x8) as left and right halves; their even (0) or odd (1)."""
+    """Left and right halves of scikit-learn's 1797 scanned digits of 8x8, two real views of one thing; even (0) or odd (1)."""
     pixels, digits = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     classes = tuple(map(str, range(10)))
