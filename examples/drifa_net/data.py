@@ -232,12 +232,12 @@ def digits(size: int, seed: int, augmentation: bool, cache: bool) -> Data:
 
 def divide(collection: Collection, seed: int) -> np.ndarray:
     """The split of each image: 0 train, 1 validation, 2 test; the publisher's stays, and gets a validation if it has none."""
-    counts = np.bincount(collection.labels, minlength=len(collection.classes))
-    for label, count in zip(collection.classes, counts, strict=True):
-        if count < len(SPLITS):
+    for number, label in enumerate(collection.classes):
+        places = np.flatnonzero(collection.labels == number)
+        if len(places) < len(SPLITS):
             raise ValueError(
-                f"{collection.name}: class {label!r} of {collection.source} has {count} image{'s' * (count != 1)}, and "
-                "training, validation and test need one each: add images, or take the class out."
+                f"{collection.name}: class {label!r} of {collection.source} has but {len(places)} of at least {len(SPLITS)} images "
+                f"({', '.join(map(collection.where, places)) or 'none'}): add some, or take the class out."
             )
     split = np.zeros(len(collection), np.int64) if collection.split is None else collection.split.astype(np.int64)
     if collection.split is not None and not {0, 2} <= set(split.tolist()):

@@ -1,0 +1,484 @@
+"""What happens to a collection before DRIFA-Net sees it: split, cleaned, augmented, paired."""
+
+import json
+import pickle
+import re
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Generator
+from torch.utils.data import DataLoader
+
+from drifa_attn.losses import IGNORED
+from examples.drifa_net.data import IGNORE, SHIFT, SPLITS, Images, Pairs, augment, divide, drop_duplicates, load, shift
+from examples.drifa_net.sources import Collection, read
+from tests._compare import assert_same_bits
+from tests.examples.collections import KINDS, build, picture, write_archive
+
+
+def numbered(*counts, seed=0):
+    """A collection a branch whose image i has the grey level i, so that an item says which images it holds."""
+    images, labels = [], []
+    for count in counts:
+        collection = Collection(
+            "grey", None, np.arange(count, dtype=np.uint8)[:, None, None], np.arange(count) % 3, ("a", "b", "c")
+        )
+        images.append(Images(collection, np.arange(count), (1, 1)))
+        labels.append(collection.labels)
+    return images, labels
+
+
+def seen(pairs):
+    """Which image of each branch every item holds `n m`, and its targets `n k`."""
+    items = [pairs[i] for i in range(len(pairs))]
+    pixels = torch.tensor([[image.mean() for image in images] for images, _ in items])
+    return ((pixels + 1) * 127.5).round().long(), torch.stack([targets for _, targets in items])
+
+
+def split_of(data, branch=0):
+    """The collection's split as `load` made it, -1 where an image was dropped."""
+    split = np.full(len(data.test.images[branch].collection), -1)
+    for part, key in enumerate(SPLITS):
+        chosen = getattr(data, key).images[branch].chosen
+        assert (split[chosen] == -1).all()
+        split[chosen] = part
+    return split
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each kind's folder, not to be changed."""
+    return {kind: build(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+# Splits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_split_covers_the_collection_and_every_class(kind, folders):
+    data = load([folders[kind]], size=8)
+    split, collection = split_of(data), data.train.images[0].collection
+    assert set(split.tolist()) == {0, 1, 2}
+    for part in range(3):
+        assert set(collection.labels[split == part].tolist()) == set(range(len(collection.classes)))
+    assert data.tasks == {kind: collection.classes}
+    assert (data.heads, data.branches) == ((len(collection.classes),), (kind,))
+
+
+@pytest.mark.parametrize("kind", ["ham10000", "sipakmed"])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_lesion_or_slide_is_in_two_splits(kind, seed, folders):
+    data = load([folders[kind]], size=8, seed=seed)
+    split, groups = split_of(data), data.train.images[0].collection.groups
+    homes = {(group, part) for group, part in zip(groups.tolist(), split.tolist(), strict=True)}
+    assert len(homes) == len(set(groups.tolist()))
+    assert len(set(groups.tolist())) < len(groups)
+    assert data.report["branches"][kind]["split"] == "by class and group"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_split_is_stratified(grouped):
+    labels = np.repeat([0, 1], [400, 80])
+    groups = np.arange(480) // 2 if grouped else None
+    collection = Collection("many", None, np.zeros((480, 1, 1), np.uint8), labels, ("a", "b"), groups)
+    split = divide(collection, 0)
+    for part, share in ((2, 0.2), (1, 0.1)):
+        counts = np.bincount(labels[split == part])
+        assert np.abs(counts - share * np.array([400, 80])).max() <= 2
+
+
+def test_split_follows_the_seed(folders):
+    first, again, other = (split_of(load([folders["ham10000"]], size=8, seed=seed)) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_publishers_test_set_stays(folders):
+    data = load([folders["brain_mri"]], size=8)
+    split, stored = split_of(data), data.train.images[0].collection.split
+    assert np.array_equal(split == 2, stored == 2)
+    assert (split[stored == 0] == 1).sum() == 24 // 8
+    assert data.report["branches"]["brain_mri"]["split"] == "the publisher's, validation drawn"
+
+
+def test_publishers_whole_split_stays(tmp_path):
+    arrays = write_archive(tmp_path / "cells.npz", split=True)
+    data = load([tmp_path / "cells.npz"])
+    assert np.array_equal(split_of(data), arrays["split"])
+    assert data.report["branches"]["cells"]["split"] == "the publisher's"
+
+
+def test_publishers_split_through_a_group_is_said(tmp_path):
+    arrays = write_archive(tmp_path / "cells.npz", key="slide", split=True)
+    arrays["split"][:8] = [0, 1, 0, 2, 0, 0, 0, 0]
+    np.savez(tmp_path / "cells.npz", **arrays)
+    assert load([tmp_path / "cells.npz"]).report["branches"]["cells"]["notes"] == [
+        "the publisher's split has 2 groups in more than one part"
+    ]
+
+
+def keep(path, pattern, count):
+    """Delete all but the first so many files of a pattern."""
+    for extra in sorted(path.glob(pattern))[count:]:
+        extra.unlink()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_class_of_one_or_two_images_is_refused(count, tmp_path):
+    root = build("iq_othnccd", tmp_path)
+    keep(root, "Bengin cases/*", count)
+    message = rf"iq_othnccd: class 'benign' of .* has but {count} of at least 3 images \(.*Bengin case \(1\)\.jpg.*\): add some"
+    with pytest.raises(ValueError, match=message):
+        load([root])
+
+
+def test_class_without_an_image_is_refused(tmp_path):
+    arrays = write_archive(tmp_path / "cells.npz")
+    np.savez(tmp_path / "cells.npz", **arrays | {"classes": ["a", "b", "c"]})
+    with pytest.raises(ValueError, match=r"class 'c' of .*cells\.npz has but 0 of at least 3 images \(none\)"):
+        load([tmp_path / "cells.npz"])
+
+
+def test_too_few_images_or_lesions_are_refused(tmp_path):
+    root = build("sipakmed", tmp_path)
+    keep(root, "im_Parabasal/*/CROPPED/00[2-9]_*.bmp", 0)
+    for cell in range(3, 7):
+        picture(cell).save(root / f"im_Parabasal/im_Parabasal/CROPPED/001_{cell:02d}.bmp")
+    with pytest.raises(ValueError, match=r"to test \(no fold has all .*'Parabasal', has 6 images: add some of other groups"):
+        load([root])
+    few = {"images": np.zeros((6, 2, 2), np.uint8), "labels": [0, 0, 0, 1, 1, 1], "classes": ["a", "b"]}
+    np.savez(tmp_path / "few.npz", **few)
+    with pytest.raises(
+        ValueError, match=r"few\.npz cannot give one of 5 parts to test \(.*n_splits.* 'a', has 3 images: add some,"
+    ):
+        load([tmp_path / "few.npz"])
+
+
+@pytest.mark.parametrize("parts", [[0, 1], [1, 2], [0]])
+def test_split_without_training_or_test_is_refused(parts, tmp_path):
+    arrays = write_archive(tmp_path / "cells.npz", split=True)
+    np.savez(tmp_path / "cells.npz", **arrays | {"split": np.resize(parts, 40)})
+    with pytest.raises(ValueError, match=r"the split of .*cells\.npz needs images of 0 \(train\) and 2 \(test\)"):
+        load([tmp_path / "cells.npz"])
+
+
+def test_split_without_a_class_is_refused(tmp_path):
+    arrays = write_archive(tmp_path / "cells.npz", split=True)
+    arrays["split"][(arrays["split"] == 2) & (arrays["labels"] == 1)] = 0
+    np.savez(tmp_path / "cells.npz", **arrays)
+    with pytest.raises(ValueError, match=r"the test split of .*cells\.npz has no image of class 'b'"):
+        load([tmp_path / "cells.npz"])
+
+
+# Duplicates
+
+
+def test_duplicates_of_training_images_are_dropped(tmp_path):
+    root = build("brain_mri", tmp_path)
+    training = root / "Training" / "glioma" / "Tr-gl_0000.jpg"
+    testing = root / "Testing" / "notumor"  # under another label even
+    shutil.copy(training, testing / "copy.jpg")
+    with Image.open(training) as image:
+        image.convert("RGB").save(testing / "saved again.jpg", quality=90)
+        image.save(testing / "another format.png")
+        image.rotate(90).save(testing / "turned.jpg")
+    twin = root / "Testing" / "glioma" / "Te-gl_0000.jpg"
+    shutil.copy(twin, twin.with_name("twin.jpg"))
+    data = load([root], size=8, seed=1)
+    test = {data.test.images[0].collection.images[i].name for i in data.test.images[0].chosen}
+    assert not test & {"copy.jpg", "saved again.jpg", "another format.png", "twin.jpg"}
+    assert test >= {"turned.jpg", "Te-gl_0000.jpg", "Te-no_0003.jpg"}
+    assert len(test) == 9
+    assert data.report["branches"]["brain_mri"]["duplicates"] == {"validation": 0, "test": 4}
+    assert "dropped as duplicates: 4 of test" in str(data)
+
+
+def test_duplicates_are_looked_for_in_the_order_of_the_splits():
+    images = np.stack([np.asarray(picture(seed, size=32).convert("L")) for seed in (0, 1, 2, 0, 1, 3, 1, 3, 3, 4, 0)])
+    split = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 0])
+    collection = Collection("copies", None, images, np.zeros(11, np.int64), ("a",))
+    assert drop_duplicates(collection, split) == {"validation": 2, "test": 3}
+    assert split.tolist() == [0, 0, 0, -1, -1, 1, -1, -1, -1, 2, 0]
+
+
+@pytest.mark.parametrize(("change", "dropped"), [(2, 1), (3, 0)])
+def test_duplicates_are_alike_to_within_rounding(change, dropped):
+    draw = np.random.default_rng(0)
+    image = draw.integers(50, 200, (32, 32), np.uint8)
+    other = image.copy()
+    other[7, 9] += change
+    collection = Collection("copies", None, np.stack([image, other]), np.zeros(2, np.int64), ("a",))
+    assert drop_duplicates(collection, np.array([0, 2]))["test"] == dropped
+
+
+def test_unreadable_image_is_named_when_data_is_loaded(tmp_path):
+    root = build("iq_othnccd", tmp_path)
+    broken = root / "Malignant cases" / "Malignant case (4).jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(broken))} is no readable image"):
+        load([root])
+
+
+# Pairing
+
+
+@pytest.mark.parametrize("counts", [(10, 10), (23, 7), (7, 23), (5, 12, 30), (9,)])
+def test_evaluation_counts_every_image_once(counts):
+    images, labels = numbered(*counts)
+    pairs = Pairs(images, labels, seed=3)
+    assert len(pairs) == max(counts)
+    shown, targets = seen(pairs)
+    for branch, count in enumerate(counts):
+        counted = targets[:, branch] != IGNORE
+        assert sorted(shown[counted, branch].tolist()) == list(range(count))
+        assert set(shown[~counted, branch].tolist()) <= set(range(count))
+        assert torch.equal(targets[counted, branch], shown[counted, branch] % 3)
+    assert IGNORE == IGNORED
+
+
+def test_evaluation_stays_and_follows_the_seed():
+    images, labels = numbered(23, 7)
+    first, other = Pairs(images, labels, seed=0), Pairs(images, labels, seed=1)
+    before = first.order.copy()
+    first.set_epoch(5)
+    assert np.array_equal(first.order, before)
+    assert not np.array_equal(other.order, before)
+
+
+@pytest.mark.parametrize("counts", [(10, 10), (23, 7), (5, 12, 30)])
+def test_training_covers_the_longest_and_repeats_the_others_evenly(counts):
+    images, labels = numbered(*counts)
+    pairs = Pairs(images, labels, seed=3, training=True)
+    for epoch in range(3):
+        pairs.set_epoch(epoch)
+        shown, targets = seen(pairs)
+        assert torch.equal(targets, shown % 3)
+        for branch, count in enumerate(counts):
+            times = Counter(shown[:, branch].tolist())
+            assert set(times) == set(range(count))
+            assert set(times.values()) <= {max(counts) // count, -(-max(counts) // count)}
+
+
+def test_training_pairs_anew_every_epoch():
+    images, labels = numbered(100, 100)
+    pairs = Pairs(images, labels, seed=3, training=True)
+    epochs = []
+    for epoch in (0, 1, 0):
+        pairs.set_epoch(epoch)
+        epochs.append({tuple(pair) for pair in pairs.order.tolist()})
+    assert epochs[0] == epochs[2]
+    assert len(epochs[0] & epochs[1]) < 10  # one is expected to come again by chance
+    correlation = np.corrcoef(pairs.order.T)[0, 1]
+    assert abs(correlation) < 0.3
+
+
+def test_paired_views_stay_together():
+    images, labels = numbered(20, 20)
+    for training in (False, True):
+        pairs = Pairs(images, [*labels, labels[0] % 2], seed=0, training=training, paired=True)
+        shown, targets = seen(pairs)
+        assert torch.equal(shown[:, 0], shown[:, 1])
+        assert sorted(shown[:, 0].tolist()) == list(range(20))
+        assert torch.equal(targets, torch.stack([shown[:, 0] % 3, shown[:, 0] % 3, shown[:, 0] % 3 % 2], 1))
+
+
+@pytest.mark.parametrize(
+    ("counts", "tasks", "paired"), [((5, 6), (5, 5), False), ((5, 6), (5,), True), ((5, 0), (5, 0), False)]
+)
+def test_labels_that_do_not_fit_are_refused(counts, tasks, paired):
+    images, _ = numbered(*counts)
+    with pytest.raises(ValueError, match=r"a label for each image, got \[5.*\] labels for \[5, [60]\] images"):
+        Pairs(images, [np.zeros(n, np.int64) for n in tasks], seed=0, paired=paired)
+
+
+# Augmentation
+
+
+def test_augmentation_is_for_training_alone(folders):
+    paths = [folders["ham10000"], folders["iq_othnccd"]]
+    with_it, without = load(paths, size=12), load(paths, size=12, augmentation=False)
+    for key in ("validation", "test"):
+        for (a, x), (b, y) in zip(getattr(with_it, key), getattr(without, key), strict=True):
+            assert_same_bits(torch.stack(a), torch.stack(b))
+            assert torch.equal(x, y)
+    changed = [not torch.equal(a[0], b[0]) for (a, _), (b, _) in zip(with_it.train, without.train, strict=True)]
+    assert sum(changed) > len(changed) / 2
+    images, targets = without.train[4]
+    for branch, image in enumerate(images):
+        source = without.train.images[branch]
+        place = source.chosen[without.train.order[4, branch]]
+        assert_same_bits(image, source.collection.image(place, (12, 12)).float() / 127.5 - 1)
+        assert targets[branch] == source.collection.labels[place]
+
+
+def test_augmentation_follows_seed_epoch_and_item(folders):
+    def first(seed, epoch, item):
+        data = load([folders["brain_mri"]], size=12)  # one split and order for all
+        data.train.seed = seed
+        data.train.epoch = epoch
+        return data.train[item][0][0]
+
+    assert_same_bits(first(0, 0, 3), first(0, 0, 3))
+    others = [first(seed, epoch, 3) for seed, epoch in ((0, 1), (0, 2), (1, 0), (2, 0))]
+    assert any(not torch.equal(first(0, 0, 3), other) for other in others[:2])
+    assert any(not torch.equal(first(0, 0, 3), other) for other in others[2:])
+    data = load([folders["brain_mri"]], size=12)
+    assert_same_bits(data.train[-1][0][0], data.train[len(data.train) - 1][0][0])
+
+
+def test_augment_reaches_every_flip_and_turn():
+    image = torch.arange(16.0).view(1, 4, 4)  # too small to be shifted
+    results = {tuple(augment(image, Generator().manual_seed(seed)).flatten().tolist()) for seed in range(100)}
+    expected = {tuple(torch.rot90(i, k, (1, 2)).flatten().tolist()) for i in (image, image.flip(2)) for k in range(4)}
+    assert results == expected
+    assert torch.equal(image.flatten(), torch.arange(16.0))
+
+
+def test_augment_keeps_the_shape_of_what_is_no_square():
+    image = torch.rand(3, 8, 6)
+    results = [augment(image, Generator().manual_seed(seed)) for seed in range(20)]
+    assert {result.shape for result in results} == {image.shape}
+    assert {tuple(result[0, 0].tolist()) for result in results} == {
+        tuple(row.tolist()) for row in (image[0, 0], image[0, 0].flip(0), image[0, -1], image[0, -1].flip(0))
+    }
+
+
+def test_shift_moves_by_a_tenth_at_most_and_repeats_the_edge():
+    image = torch.rand(2, 20, 30)
+    rows, columns = torch.arange(20), torch.arange(30)
+    expected = {
+        (y, x): image[:, (rows + y).clamp(0, 19)][:, :, (columns + x).clamp(0, 29)] for y in range(-2, 3) for x in range(-3, 4)
+    }
+    reached = set()
+    for seed in range(300):
+        moved = shift(image, Generator().manual_seed(seed))
+        (where,) = [place for place, other in expected.items() if torch.equal(moved, other)]
+        reached.add(where)
+    assert reached == set(expected)
+    assert SHIFT == 0.1
+
+
+# Loading
+
+
+def test_collections_become_branches_and_tasks(folders, tmp_path):
+    write_archive(tmp_path / "cells.npz", key="slide")
+    data = load([folders["ham10000"], tmp_path / "cells.npz", folders["ham10000"]], kinds=[None, "npz", "ham10000"], size=16)
+    assert data.branches == ("ham10000", "cells", "ham10000-2")
+    assert data.tasks == {"ham10000": ("bkl", "mel", "nv"), "cells": ("a", "b"), "ham10000-2": ("bkl", "mel", "nv")}
+    assert data.heads == (3, 2, 3)
+    for key in SPLITS:
+        images, targets = next(iter(DataLoader(getattr(data, key), 4)))
+        assert [tuple(x.shape) for x in images] == [(4, 3, 16, 16)] * 3
+        assert {x.dtype for x in images} == {torch.float32}
+        assert max(x.abs().max() for x in images) <= 1
+        assert min(x.min() for x in images) < -0.5
+        assert (tuple(targets.shape), targets.dtype) == ((4, 3), torch.int64)
+
+
+def test_report_counts_what_there_is(folders):
+    data = load([folders["ham10000"], folders["brain_mri"]], size=8, seed=4)
+    report = json.loads(json.dumps(data.report))
+    assert report["seed"] == 4
+    for branch, (name, said) in enumerate(report["branches"].items()):
+        assert (name, said["source"], said["size"]) == (data.branches[branch], folders[name].name, [8, 8])
+        for key in SPLITS:
+            images = getattr(data, key).images[branch]
+            counts = Counter(images.collection.classes[label] for label in images.collection.labels[images.chosen])
+            assert said["images"][key] == counts
+    lines = str(data).splitlines()
+    assert re.fullmatch(r"ham10000: train \d+, validation \d+, test \d+; 8x8 px; split by class and group", lines[0])
+    assert lines[-1] == "  patients are not known: slices of one may be in several splits"
+
+
+def test_size_is_the_archives_own_or_as_asked(folders, tmp_path):
+    write_archive(tmp_path / "cells.npz")
+    shapes = [
+        tuple(load([path], size=size).test[0][0][0].shape)
+        for path, size in ((tmp_path / "cells.npz", None), (tmp_path / "cells.npz", 9), (folders["sipakmed"], None))
+    ]
+    assert shapes == [(3, 12, 10), (3, 9, 9), (3, 128, 128)]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_are_decoded_when_asked_for(cache, folders, monkeypatch):
+    decoded = Counter()
+    image = Collection.image
+
+    def counting(self, i, size):
+        decoded[int(i)] += 1
+        return image(self, i, size)
+
+    monkeypatch.setattr(Collection, "image", counting)
+    data = load([folders["iq_othnccd"]], size=8, cache=cache)
+    assert not decoded
+    first, again = data.test[0][0][0], data.test[0][0][0]
+    assert_same_bits(first, again)
+    assert list(decoded.values()) == [1 if cache else 2]
+
+
+def test_data_travels_to_workers(folders):
+    data = load([folders["iq_othnccd"], folders["sipakmed"]], size=8)
+    data.train.set_epoch(2)
+    there = pickle.loads(pickle.dumps(data.train))
+    for i in (0, 5):
+        assert_same_bits(torch.stack(there[i][0]), torch.stack(data.train[i][0]))
+
+
+def test_digits_are_two_views_and_two_tasks():
+    data = load()
+    assert (data.branches, data.heads) == (("left", "right"), (10, 2))
+    assert data.tasks["parity"] == ("even", "odd")
+    assert [len(getattr(data, key)) for key in SPLITS] == [1257, 180, 360]
+    assert (
+        sum((np.concatenate([getattr(data, key).images[0].chosen for key in SPLITS])[:, None] == np.arange(1797)).sum(0))
+        == 1797
+    )
+    images, targets = next(iter(DataLoader(data.test, 360)))
+    assert [tuple(x.shape) for x in images] == [(360, 3, 32, 16)] * 2
+    assert torch.equal(targets[:, 0] % 2, targets[:, 1])
+    assert (targets != IGNORE).all()
+    again = load(seed=0, size=16)
+    assert_same_bits(again.test.targets, data.test.targets)
+    assert tuple(again.test[0][0][1].shape) == (3, 16, 8)
+
+
+def test_digits_are_shifted_but_never_turned(monkeypatch):
+    plain, moved = load(augmentation=False), load()
+    for i in range(5):
+        images = [((image + 1) * 127.5).round() for image in plain.train[i][0]]
+        for image, other in zip(images, moved.train[i][0], strict=True):
+            other = ((other + 1) * 127.5).round()
+            inner = other[:, 6:-6, 3:-3]
+            assert any(torch.equal(inner, image[:, 6 + y : 26 + y, 3 + x : 13 + x]) for y in range(-3, 4) for x in range(-1, 2))
+    assert_same_bits(torch.stack(plain.test[0][0]), torch.stack(moved.test[0][0]))
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "message"),
+    [
+        ([], {"size": 0}, "size to be an integer >= 1, got 0"),
+        ([], {"size": 32.0}, r"size to be an integer >= 1, got 32\.0"),
+        ([], {"seed": -1}, "seed to be an integer >= 0, got -1"),
+        ([], {"seed": None}, "seed to be an integer >= 0, got None"),
+        ("HAM10000", {}, r"list of paths, one for each branch, got 'HAM10000': write \['HAM10000'\]"),
+        (["a", "b"], {"kinds": ["npz"]}, r"a kind or None for each of 2 paths, got \['npz'\]"),
+    ],
+)
+def test_options_are_checked(paths, options, message):
+    with pytest.raises(ValueError, match=f"load expected .*{message}"):
+        load(paths, **options)
+
+
+def test_reading_twice_gives_the_same(folders):
+    first, again = (load([folders["ham10000"], folders["sipakmed"]], size=8, seed=7) for _ in range(2))
+    assert first.report == again.report
+    for key in SPLITS:
+        for (a, x), (b, y) in zip(getattr(first, key), getattr(again, key), strict=True):
+            assert_same_bits(torch.stack(a), torch.stack(b))
+            assert torch.equal(x, y)
+    assert list(map(str, read(folders["ham10000"]).images)) == list(map(str, first.train.images[0].collection.images))
