@@ -168,11 +168,13 @@ def load(
 ) -> Data:
     """Read a collection for each branch, or the digits in two halves where no path is given.
 
+    Every image is looked at once, in small, to find duplicates and unreadable files; decoding for training is done on demand.
+
     Args:
         paths: a folder or an .npz for each branch; each is a task.
         kinds: what is there, as keys of `sources.READERS`; None to find out.
         size: height and width of the images, >= 1; None for an archive's own, else 128, and 32 for the digits, whose halves are
-            `size` high and half as wide.
+            `size` high and half as wide (an even size).
         seed: of splits, pairing and augmentation, >= 0.
         augmentation: whether training images are flipped, turned and shifted (digits: shifted).
         cache: whether images stay decoded, at 3 · size² bytes each.
@@ -217,8 +219,10 @@ def load(
 
 def digits(size: int, seed: int, augmentation: bool, cache: bool) -> Data:
     """Scikit-learn's digits: left and right halves of each, told apart as digits and as even or odd."""
+    if size % 2:
+        raise ValueError(f"load expected an even size for the halves of the digits, got {size}.")
     left, right, parity = halves()
-    shape, split, pairs = (size, max(size // 2, 1)), divide(left, seed), {}
+    shape, split, pairs = (size, size // 2), divide(left, seed), {}
     for part, key in enumerate(SPLITS):
         chosen = np.flatnonzero(split == part)
         images = [Images(view, chosen, shape, cache=cache) for view in (left, right)]
@@ -236,8 +240,8 @@ def divide(collection: Collection, seed: int) -> np.ndarray:
         places = np.flatnonzero(collection.labels == number)
         if len(places) < len(SPLITS):
             raise ValueError(
-                f"{collection.name}: class {label!r} of {collection.source} has but {len(places)} of at least {len(SPLITS)} images "
-                f"({', '.join(map(collection.where, places)) or 'none'}): add some, or take the class out."
+                f"{collection.name}: class {label!r} of {collection.source} has but {len(places)} of at least {len(SPLITS)} "
+                f"images ({', '.join(map(collection.where, places)) or 'none'}): add some, or take the class out."
             )
     split = np.zeros(len(collection), np.int64) if collection.split is None else collection.split.astype(np.int64)
     if collection.split is not None and not {0, 2} <= set(split.tolist()):

@@ -463,6 +463,7 @@ def test_digits_are_shifted_but_never_turned(monkeypatch):
     [
         ([], {"size": 0}, "size to be an integer >= 1, got 0"),
         ([], {"size": 32.0}, r"size to be an integer >= 1, got 32\.0"),
+        ([], {"size": 33}, "an even size for the halves of the digits, got 33"),
         ([], {"seed": -1}, "seed to be an integer >= 0, got -1"),
         ([], {"seed": None}, "seed to be an integer >= 0, got None"),
         ("HAM10000", {}, r"list of paths, one for each branch, got 'HAM10000': write \['HAM10000'\]"),
