@@ -1,6 +1,6 @@
 """Four public collections of medical images in the form their publishers ship them, archives, and scikit-learn's digits.
 
-Each kind, what it is and where to get it, its licence as stated there, and what `read` expects in its folder:
+Each kind, what it is, where to get it, its licence as far as known (what the page says counts), and what its folder holds:
 
 - `ham10000`: lesions of the skin; Harvard Dataverse, doi:10.7910/DVN/DBW86T; CC BY-NC 4.0;
   `HAM10000_metadata.csv`, `HAM10000_images_part_1/*.jpg`, `HAM10000_images_part_2/*.jpg`.
@@ -11,7 +11,8 @@ Each kind, what it is and where to get it, its licence as stated there, and what
 - `iq_othnccd`: CT slices of the lung; Mendeley Data, doi:10.17632/bhmdr45bh2; CC BY 4.0;
   `Bengin cases/`, `Malignant cases/`, `Normal cases/`.
 - `npz`: an archive of one's own: `images` (n, h, w) or (n, h, w, 3) of uint8, `labels` (n), `classes`, and perhaps `split` (n;
-  0 train, 1 validation, 2 test) and `lesion_id`, `slide` or `group` (n), whose images stay together.
+  0 train, 1 validation, 2 test) and `lesion_id`, `slide` or `group` (n), whose images stay together. Slides are numbered
+  within their class, as SIPaKMeD's are.
 
 Nothing is downloaded: read each one's conditions before use. The folder may be the one an archive unpacked to, with the
 collection inside as its only folder. HAM10000's images are grouped by lesion, SIPaKMeD's by slide. The other two say nothing of
@@ -205,6 +206,8 @@ def npz(path: Path) -> Collection:
     key = next((name for name in GROUP_KEYS if name in arrays), None)
     groups, split = arrays.get(key or ""), arrays.get("split")
     need(groups is None or groups.shape == labels.shape, f"needs one {key!r} an image")
+    if groups is not None and key == "slide":
+        groups = np.array([f"{classes[label]}/{slide}" for label, slide in zip(labels, groups, strict=True)])
     if split is not None:
         need(split.shape == labels.shape and set(np.unique(split)) <= {0, 1, 2}, "needs split 0, 1 or 2 for each image")
     return Collection(path.stem, path, images, labels.astype(np.int64), tuple(map(str, classes)), groups, split)

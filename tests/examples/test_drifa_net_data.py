@@ -92,7 +92,7 @@ def test_publishers_whole_split_stays(tmp_path):
 
 
 def test_publishers_split_through_a_group_is_said(tmp_path):
-    arrays = write_archive(tmp_path / "cells.npz", key="slide", split=True)
+    arrays = write_archive(tmp_path / "cells.npz", key="group", split=True)
     arrays["split"][:8] = [0, 1, 0, 2, 0, 0, 0, 0]
     np.savez(tmp_path / "cells.npz", **arrays)
     assert load([tmp_path / "cells.npz"]).report["branches"]["cells"]["notes"] == [
