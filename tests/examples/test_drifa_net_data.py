@@ -220,6 +220,17 @@ def test_collections_become_branches_and_tasks(folders, tmp_path):
         assert (tuple(targets.shape), targets.dtype) == ((4, 3), torch.int64)
 
 
+@pytest.mark.parametrize("names", [(), ("ham10000", "iq_othnccd")])
+def test_training_alone_changes_with_the_epoch(names, folders):
+    data = load([folders[name] for name in names], size=8)
+    assert (data.train.targets != IGNORE).all()
+    for key in SPLITS:
+        pairs = getattr(data, key)
+        before = pairs.order.copy()
+        pairs.set_epoch(1)
+        assert np.array_equal(pairs.order, before) == (key != "train")
+
+
 def test_report_counts_what_there_is(folders):
     data = load([folders["ham10000"], folders["brain_mri"]], size=8, seed=4)
     report = json.loads(json.dumps(data.report))
