@@ -1,24 +1,21 @@
 """`fuse`: DRIFA over any backbones, Fig. 1A: they advance together, and one MIFA reads and gates all of them at every stage."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .inject import Site
+from .inject import Fusion, Site, detach
 from .layout import positions
 from .lockstep import Part, check_parts, cut
 from .mfa import Init, check_count, check_init
-from .mifa import MIFA
+from .pairs import Pairs, output_of, paired
 from .plan import PARALLEL
 from .sites import Survey
-from .trace import meta_clone, replace_tensor, tensors_in
-
-Pairs = Literal["stage", "block"] | Sequence[Mapping[str, str]]
+from .trace import meta_clone, replace_tensor
 
 
 class Fused(nn.Module):
@@ -30,7 +27,8 @@ class Fused(nn.Module):
 
     Attributes:
         branches: the backbones by modality, the same objects that were given.
-        fusions: one MIFA per stage, `stages` its sites by modality.
+        fusions: one MIFA per stage, `stages` its sites by modality; `attention_maps` shows their gates, `disabled` switches
+            them off.
         heads: one linear layer per task.
         modality_dropout: in training, the share of present modalities that is taken away; a sample never loses all.
 
@@ -40,10 +38,12 @@ class Fused(nn.Module):
     Differs: the paper fuses two ResNet-18 of its own; any backbones, any number, absent modalities are not in it.
     """
 
+    pretrained_cfg = {"classifier": "heads"}  # as timm's networks state theirs
+
     def __init__(
         self,
         branches: Mapping[str, nn.Module],
-        fusions: Sequence[MIFA],
+        fusions: Sequence[Fusion],
         heads: Mapping[str, nn.Linear],
         *,
         stages: Sequence[Mapping[str, Site]],
@@ -51,12 +51,13 @@ class Fused(nn.Module):
         parts: Mapping[str, Mapping[bool, Sequence[Part]]],
         dropout: float,
         modality_dropout: float,
+        options: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.branches, self.fusions, self.heads = nn.ModuleDict(branches), nn.ModuleList(fusions), nn.ModuleDict(heads)
         self.dropout = nn.Dropout(dropout)
         self.modality_dropout = modality_dropout
-        self.stages, self.outputs, self.parts = stages, outputs, parts
+        self.stages, self.outputs, self.parts, self.options = stages, outputs, parts, dict(options)
         self.checkpoints = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -201,8 +202,9 @@ def fuse(
     Args:
         backbones: {modality: network}, at least one; kept as they are, wrapped or not, but for their classifiers.
         tasks: {task: classes}, at least one.
-        at: "stage" or "block" pairs those by reduction where the networks share at least two, else by fraction of depth; or a
-            list with one {modality: module name} per fusion, in calling order.
+        at: "stage" pairs stages by reduction where the networks share at least two, else by fraction of depth; "block" pairs
+            blocks by fraction of depth, in a network without any its stages; or a list with one {modality: module name} per
+            fusion, in calling order.
         reduction: as `MIFA` takes it; not used with a `dim`.
         dim: as `MIFA` takes it.
         init: as `MIFA` takes it.
@@ -220,6 +222,7 @@ def fuse(
     clones, surveys = {}, {}
     for name, backbone in backbones.items():
         clones[name] = without_classifier(meta_clone(backbone), name, classifiers.get(name))
+        detach(clones[name])
         surveys[name] = Survey(clones[name], example_inputs.get(name))
     stages = paired(surveys, at)
     outputs = {name: output_of(name, survey) for name, survey in surveys.items()}
@@ -232,7 +235,8 @@ def fuse(
     )
     kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     fusions = [
-        MIFA(
+        Fusion(
+            list(sites),
             [site.channels for site in sites.values()],
             dim=dim,
             reduction=None if dim else reduction,
@@ -253,6 +257,7 @@ def fuse(
         parts=parts,
         dropout=dropout,
         modality_dropout=modality_dropout,
+        options={"reduction": reduction, "dim": dim, "init": init, "classifiers": classifiers},
     )
 
 
@@ -308,70 +313,6 @@ def without_classifier(backbone: nn.Module, modality: str, named: str | None) ->
     parent, _, child = named.rpartition(".")
     setattr(backbone.get_submodule(parent), child, nn.Identity())
     return backbone
-
-
-def output_of(modality: str, survey: Survey) -> Site:
-    """The tensor in a backbone's output that the heads read."""
-    for path in survey.first.calls[""].leaves:
-        site = survey.feature("", path)
-        if isinstance(site, Site):
-            return site
-    raise ValueError(f"fuse found no feature in the output of backbone {modality!r}: {survey.feature('', path)}.")
-
-
-def sites_of(survey: Survey, names: Mapping[str, Sequence[int]]) -> list[Site]:
-    """The first site of each of these modules, in calling order."""
-    found = [sites[0] for name, channels in names.items() if (sites := survey.sites(name, channels)[0])]
-    return sorted(found, key=lambda site: survey.first.calls[site.module].order)
-
-
-def paired(surveys: Mapping[str, Survey], at: Pairs) -> list[dict[str, Site]]:
-    """Which features of which branches meet in each fusion."""
-    if not isinstance(at, str):
-        pairs = [listed(surveys, entry) for entry in at]
-        if alone := [name for name in surveys if not any(name in sites for sites in pairs)]:
-            raise ValueError(f"fuse got no stage of {alone} in at=: name at least one of every backbone.")
-        return pairs
-    if at not in ("stage", "block"):
-        raise ValueError(f'fuse expected at "stage", "block" or a list of {{modality: module name}}, got {at!r}.')
-    found = {}
-    for name, survey in surveys.items():
-        found[name] = sites_of(survey, survey.stages() if at == "stage" else dict.fromkeys(survey.blocks(), ()))
-        if not found[name]:
-            raise ValueError(f"fuse found no {at} in backbone {name!r}: name modules, at=[{{{name!r}: ...}}, ...].")
-    # The shapes alone decide: reductions that come back, as in pyramids that go down and up, are no stages to pair.
-    octaves = {name: [octave(surveys[name], site) for site in sites] for name, sites in found.items()}
-    shared = sorted(set.intersection(*map(set, octaves.values())) - {None})  # type: ignore[type-var]
-    rising = all(None not in found and sorted(found) == found for found in octaves.values())  # type: ignore[type-var]
-    if rising and len(shared) > 1 and at == "stage":
-        last = {name: dict(zip(octaves[name], sites, strict=True)) for name, sites in found.items()}
-        return [{name: last[name][k] for name in found} for k in shared]
-    depth = min(map(len, found.values()))
-    return [{name: sites[math.ceil((k + 1) * len(sites) / depth) - 1] for name, sites in found.items()} for k in range(depth)]
-
-
-def octave(survey: Survey, site: Site) -> int | None:
-    """How often the positions were halved along each axis up to here; None for vectors."""
-    (x, *_) = (tensor for _, tensor in tensors_in(survey.inputs))
-    if x.ndim < 3 or site.positions < 1:
-        return None
-    return round(math.log2(max(math.prod(x.shape[2:]) / site.positions, 1)) / (x.ndim - 2))
-
-
-def listed(surveys: Mapping[str, Survey], entry: Mapping[str, str]) -> dict[str, Site]:
-    """The features that one entry of `at` names."""
-    if not isinstance(entry, Mapping) or not entry or any(name not in surveys for name in entry):
-        raise ValueError(f"fuse expected entries {{modality: module name}} of {list(surveys)} in at=, got {entry!r}.")
-    sites = {}
-    for name in surveys:  # in the order of the branches
-        if name in entry:
-            if not entry[name] or entry[name] not in surveys[name].modules:
-                raise ValueError(f"fuse: backbone {name!r} has no module {entry[name]!r}.")
-            found, reasons = surveys[name].sites(entry[name])
-            if not found:
-                raise ValueError(f"fuse: backbone {name!r} cannot be fused at {entry[name]!r}: {'; '.join(reasons)}.")
-            sites[name] = found[0]
-    return sites
 
 
 def advanced(

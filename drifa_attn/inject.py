@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .layout import Layout
 from .mfa import MFA, Init
+from .mifa import MIFA
 from .trace import Path, replace_tensor
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -71,6 +72,27 @@ class AttentionHook:
         if not self.enabled:
             return output
         return replace_tensor(output, self.site.path, self.attention)
+
+
+class Fusion(MIFA):
+    """The MIFA of one stage of a fused network, with the names of the modalities that meet there, and a switch.
+
+    Differs: none from `MIFA` while it is enabled; otherwise every feature passes unchanged.
+    """
+
+    def __init__(self, modalities: Sequence[str], channels: Sequence[int], **options: Any) -> None:
+        super().__init__(channels, len(modalities), **options)
+        self.names = list(modalities)
+        self.enabled = True
+
+    def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+        """The features xs, gated if this is enabled."""
+        return super().forward(xs, present) if self.enabled else list(xs)
+
+
+def fusions(model: nn.Module) -> Iterator[tuple[str, Fusion]]:
+    """Every fusion of a network with its name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Fusion))
 
 
 def hooks(model: nn.Module) -> Iterator[AttentionHook]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .inject import AttentionHook
 from .trace import map_tensors, tensors_in
 
 # Functions that take sizes but no tensor: a proxy is no size to them, so they are stood in for while tracing.
@@ -50,6 +51,14 @@ def expect(value: Any, traced: Any) -> None:
 
 def stage_end(output: Any, index: int) -> Any:
     """Marks in the trace where a stage ends."""
+    return output
+
+
+def left(module: nn.Module, output: Any) -> Any:
+    """Where a module with stages inside ends: it is not called, but attention that `wrap` put there, at any time, works."""
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, AttentionHook):
+            output = hook(module, (), output)
     return output
 
 
@@ -121,11 +130,11 @@ class GlueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         output = super().call_module(m, forward, args, kwargs)
-        return (
-            self.create_proxy("call_function", stage_end, (output, self.stages.index(name)), {})
-            if name in self.stages
-            else output
-        )
+        if name != "network" and not self.is_leaf_module(m, name):
+            output = self.create_proxy("call_function", left, (self.create_proxy("get_attr", name, (), {}), output), {})
+        if name in self.stages:
+            output = self.create_proxy("call_function", stage_end, (output, self.stages.index(name)), {})
+        return output
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)

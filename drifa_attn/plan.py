@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .inject import Site, attach, build, detach, hooks
+from .inject import Site, attach, build, detach, fusions, hooks
 from .layout import Layout, check_layout
 from .mfa import MFA, Init, check_count, check_init
 from .sites import Survey
@@ -94,6 +94,8 @@ def check_network(model: Any, change: str = "wrap") -> None:
         raise ValueError(f"drifa_attn got a compiled network{where}: {change} it first, then compile it.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"drifa_attn got a {type(model).__name__}: {change} the network first, then trace or script it.")
+    if next(fusions(model), None) is not None:
+        raise ValueError(f"drifa_attn got a fused network ({type(model).__name__}): {change} its branches, net.branches[name].")
 
 
 def check_backbone(model: Any) -> None:

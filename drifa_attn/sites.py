@@ -292,7 +292,7 @@ class Survey:
 
         `feature_info` if at least half of its entries can be sites, else the last live block of every shape (every block where
         all have one shape, as in plain transformers), else, in networks without blocks, the last layer of every resolution or,
-        for vectors, of every width.
+        for vectors, of every linear layer.
         """
         stated: dict[str, list[int]] = {}
         for name, channels in self.feature_info:
@@ -312,15 +312,18 @@ class Survey:
         return blocks if len(last) == 1 else list(last.values())
 
     def layer_stages(self) -> list[str]:
-        """The last innermost module of every resolution (of every width, for vectors) with weights; the head is left out."""
+        """The last innermost module of every resolution (for vectors, from one linear layer to the next) with weights; the
+        head is left out.
+        """
         last: dict[Any, str] = {}
-        weighted = set()
+        weighted, layers = set(), 0
         for name in sorted(self.first.calls, key=lambda name: self.first.calls[name].order):
             module = self.modules[name]
             sites, _ = self.sites(name)
             if next(module.children(), None) or not sites or name in self.first.output_producers:
                 continue
-            key = (sites[0].positions, sites[0].channels if sites[0].positions == 1 else None)
+            layers += any(p.ndim > 1 for p in module.parameters())
+            key = (sites[0].positions, layers if sites[0].positions == 1 else None)
             last[key] = name
             if next(module.parameters(), None) is not None:
                 weighted.add(key)

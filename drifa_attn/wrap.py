@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .inject import AttentionHook, attach, detach, hooks, placed
+from .inject import AttentionHook, Fusion, attach, detach, fusions, hooks, placed
 from .layout import Layout
-from .mfa import Init
+from .mfa import MFA, Init
 from .plan import At, plan
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -48,11 +49,22 @@ def wrapped_hooks(model: nn.Module) -> list[AttentionHook]:
     return found
 
 
+def attentions(model: nn.Module) -> list[AttentionHook | Fusion]:
+    """Whatever refines features in a wrapped or fused network; a `ValueError` if there is nothing."""
+    fused = [fusion for _, fusion in fusions(model)]
+    return [*fused, *(hooks(model) if fused else wrapped_hooks(model))]
+
+
 def unwrap(model: Network) -> Network:
     """Take the attention out of a network, in place: the original, key set and all.
 
-    Raises: ValueError: the network is not wrapped.
+    Raises: ValueError: the network is not wrapped, or a fused one, whose branches are unwrapped one by one.
     """
+    if next(fusions(model), None) is not None:
+        raise ValueError(
+            f"unwrap got a fused network ({type(model).__name__}): its backbones are net.branches[name], unwrap those; "
+            "drifa_attn.disabled(net) switches the fusions off."
+        )
     wrapped_hooks(model)
     detach(model)
     return model
@@ -62,25 +74,30 @@ def unwrap(model: Network) -> Network:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the network is the original one; afterwards, also after an error, the attention is back.
 
-    Raises: ValueError: the network is not wrapped.
+    Of a fused network both go, its fusions and the attention inside its branches: every branch is its own backbone then.
+
+    Raises: ValueError: the network is neither wrapped nor fused.
     """
-    found = wrapped_hooks(model)
-    before = [hook.enabled for hook in found]
-    for hook in found:
-        hook.enabled = False
+    found = attentions(model)
+    before = [attention.enabled for attention in found]
+    for attention in found:
+        attention.enabled = False
     try:
         yield
     finally:
-        for hook, enabled in zip(found, before, strict=True):
-            hook.enabled = enabled
+        for attention, enabled in zip(found, before, strict=True):
+            attention.enabled = enabled
 
 
 def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What `wrap` added, for an optimizer: `torch.optim.AdamW(drifa_attn.attention_parameters(model))`.
+    """What `wrap` or `fuse` added, for an optimizer: `torch.optim.AdamW(drifa_attn.attention_parameters(model))`.
 
-    Raises: ValueError: the network is not wrapped.
+    The heads of a fused network are its classifier, not attention: `net.heads.parameters()`.
+
+    Raises: ValueError: the network is neither wrapped nor fused.
     """
-    return [parameter for hook in wrapped_hooks(model) for parameter in hook.attention.parameters()]
+    modules = [found if isinstance(found, Fusion) else found.attention for found in attentions(model)]
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def classifier_names(model: nn.Module, classifier: bool | str | Sequence[str]) -> list[str]:
@@ -104,10 +121,11 @@ def freeze_backbone(model: Network, *, classifier: bool | str | Sequence[str] = 
     Batch norms go on collecting statistics in training mode, as everywhere in PyTorch.
 
     Args:
-        model: a wrapped network.
-        classifier: True for the one a timm network states, a module's name or several, or False to freeze it too.
+        model: a wrapped or fused network.
+        classifier: True for the one a timm network states, or the heads of a fused one; a module's name or several; or False
+            to freeze it too.
 
-    Raises: ValueError: the network is not wrapped, or has no such classifier.
+    Raises: ValueError: the network is neither wrapped nor fused, or has no such classifier.
     """
     trained = {id(parameter) for parameter in attention_parameters(model)}
     for name in classifier_names(model, classifier):
@@ -120,32 +138,43 @@ def freeze_backbone(model: Network, *, classifier: bool | str | Sequence[str] = 
 def attention_maps(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """The gate of every site for these inputs, `{site: b c}`, each in (0, 1), float32 at least.
 
-    One forward pass in eval mode without gradients, also where the attention is disabled; the network's own state comes back
-    afterwards.
+    A fused network has one more for every stage and modality, "fusions.0.smear" for the first; a modality that the whole
+    batch lacks has none. One forward pass in eval mode without gradients, also where the attention is disabled; the network's
+    own state comes back afterwards.
 
-    Args: what the network itself takes, `attention_maps(model, x)`.
-    Raises: ValueError: the network is not wrapped.
+    Args: what the network itself takes, `attention_maps(model, x)`, `attention_maps(net, inputs, present)`.
+    Raises: ValueError: the network is neither wrapped nor fused.
     """
     maps: dict[str, Tensor] = {}
     modes = {module: module.training for module in model.modules()}
     handles = []
-    found = wrapped_hooks(model)
-    enabled = [hook.enabled for hook in found]
+    found = attentions(model)
+    enabled = [attention.enabled for attention in found]
+
+    def keep(name: str, attention: MFA, inputs: tuple[Tensor]) -> None:
+        maps[name] = attention.attention(*inputs)
+
+    def keep_each(name: str, fusion: Fusion, inputs: tuple[list[Tensor], Tensor | None]) -> None:
+        xs, present = inputs
+        for i, (modality, gate) in enumerate(zip(fusion.names, fusion.attention(xs, present), strict=True)):
+            if present is None or present[:, i].any():
+                maps[f"{name}.{modality}"] = gate
+
     for site, hook in placed(model):
-
-        def keep(attention: nn.Module, inputs: tuple[Tensor], name: str = site.name) -> None:
-            maps[name] = attention.attention(*inputs)  # type: ignore[operator]
-
-        handles.append(hook.attention.register_forward_pre_hook(keep))
-        hook.enabled = True
+        handles.append(hook.attention.register_forward_pre_hook(partial(keep, site.name)))
+    for name, fusion in fusions(model):
+        handles.append(fusion.register_forward_pre_hook(partial(keep_each, name)))
+    for attention in found:
+        attention.enabled = True
     try:
         model.eval()
         with torch.no_grad():
             model(*args, **kwargs)
     finally:
-        for handle, hook, before in zip(handles, found, enabled, strict=True):
+        for handle in handles:
             handle.remove()
-            hook.enabled = before
+        for attention, before in zip(found, enabled, strict=True):
+            attention.enabled = before
         for module, mode in modes.items():
             module.training = mode
     return maps

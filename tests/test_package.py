@@ -22,10 +22,11 @@ ORDER = [
     "sites",
     "plan",
     "wrap",
-    "checkpoint",
     "lockstep",
+    "pairs",
     "fuse",
     "losses",
+    "checkpoint",
     "dropout",
     "uncertainty",
 ]
