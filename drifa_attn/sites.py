@@ -320,12 +320,13 @@ class Survey:
         for name in sorted(self.first.calls, key=lambda name: self.first.calls[name].order):
             module = self.modules[name]
             sites, _ = self.sites(name)
-            if next(module.children(), None) or not sites or name in self.first.output_producers:
+            is_weighted = next(module.parameters(), None) is not None
+            if next(module.children(), None) or not sites or (is_weighted and name in self.first.output_producers):
                 continue
             layers += any(p.ndim > 1 for p in module.parameters())
             key = (sites[0].positions, layers if sites[0].positions == 1 else None)
             last[key] = name
-            if next(module.parameters(), None) is not None:
+            if is_weighted:
                 weighted.add(key)
         maps = {key for key in weighted if key[0] > 1}
         return [name for key, name in last.items() if key in (maps or weighted)]

@@ -2,20 +2,26 @@
 
 import copy
 import itertools
-import pickle
 import threading
 from functools import partial
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.export import Dim
-from torch.nn.parallel import DistributedDataParallel
 
 import drifa_attn
-from drifa_attn import MIFA, TaskLoss, fuse, unwrap, wrap
+from drifa_attn import (
+    MIFA,
+    attention_maps,
+    attention_parameters,
+    disabled,
+    freeze_backbone,
+    fuse,
+    plan,
+    unwrap,
+    wrap,
+)
 from drifa_attn.fuse import without_classifier
 from drifa_attn.inject import hooks
 from drifa_attn.layout import positions
@@ -155,38 +161,84 @@ def test_every_fusion_reads_every_branch():
         assert grad.any(), (name, other)
 
 
-# Which stages meet -------------------------------------------------------------------------------------------------------
+# Gates, and the backbones without them -----------------------------------------------------------------------------------
 
 
-def met(net):
-    return [{name: site.module for name, site in sites.items()} for sites in net.stages]
+def test_maps_hold_the_gate_of_every_stage_and_modality():
+    net, inputs = fused(init="paper")
+    seen, present = {}, torch.tensor([[True, False, True], [True, True, True]])
+    for k, fusion in enumerate(net.fusions):
+        fusion.register_forward_hook(lambda fusion, args, ys, k=k: seen.update({k: (args[0], ys, fusion)}))
+    maps = attention_maps(net.train(), inputs, present)
+    assert net.training
+    assert list(maps) == [f"fusions.{k}.{name}" for k, sites in enumerate(net.stages) for name in sites]
+    for k, (xs, ys, fusion) in seen.items():
+        for i, (name, site) in enumerate(net.stages[k].items()):
+            gate = maps[f"fusions.{k}.{name}"] * fusion.alphas[i]
+            here = present[:, list(inputs).index(name)]
+            x, y = (positions(t[i], site.layout, site.prefix)[here] for t in (xs, ys))
+            assert_same_math(y, x * gate[here, :, None])
+    assert all(0 < gate.min() and gate.max() < 1 for gate in maps.values())
 
 
-def test_stages_of_one_reduction_meet():
-    backbones, inputs = given(("resnet", "swin"))
-    net = fuse(backbones, TASKS, example_inputs=inputs)
-    assert met(net) == [{"resnet": "layer1", "swin": "layers.0"}, {"resnet": "layer2", "swin": "layers.1"}]
-    for sites in net.stages:
-        assert len({site.positions for site in sites.values()}) == 1
-
-
-def test_stages_of_one_depth_meet_where_reductions_say_nothing():
-    backbones, inputs = given(("resnet", "vit"))
-    net = fuse(backbones, TASKS, example_inputs=inputs)
-    assert [sites["vit"] for sites in met(net)] == [f"blocks.{i}" for i in range(5)]
-    assert [sites["resnet"] for sites in met(net)] == ["act1", "layer1", "layer2", "layer3", "layer4"]
-    backbones, inputs = given(("record", "vit"))
-    net = fuse(backbones, TASKS, example_inputs=inputs)
-    assert [sites["vit"] for sites in met(net)] == ["blocks.2", "blocks.4"]
+def test_maps_hold_the_branches_own_attention_and_no_absent_modality():
+    net, inputs = fused(("resnet", "record"))
+    wrap(net.branches["resnet"], ["layer3"], example_input=inputs["resnet"])
+    maps = attention_maps(net, inputs)
+    assert maps["branches.resnet.layer3"].shape == (2, net.branches["resnet"].layer3[-1].conv2.out_channels)
+    assert list(attention_maps(net, {"record": inputs["record"]})) == ["fusions.0.record", "fusions.1.record"]
 
 
 @torch.no_grad()
-def test_named_stages_meet_and_a_branch_may_stay_out():
-    pairs = [{"vit": "blocks.1", "resnet": "layer3"}, {"resnet": "layer4"}]
-    net, inputs = fused(("resnet", "vit"), at=pairs)
-    assert met(net) == [{"resnet": "layer3", "vit": "blocks.1"}, {"resnet": "layer4"}]
-    assert [fusion.modalities for fusion in net.fusions] == [2, 1]
-    assert net(inputs)["cell"].shape == (2, 5)
+def test_disabled_branches_are_their_own_backbones():
+    backbones, inputs = given(("resnet", "vit", "record"))
+    net = fuse(backbones, TASKS, example_inputs=inputs).eval()
+    expected = {name: branch(inputs[name]) for name, branch in net.branches.items()}
+    wrap(net.branches["resnet"], example_input=inputs["resnet"])
+    perturb_(net.fusions)
+    for hook in hooks(net):
+        hook.attention.strength.fill_(0.5)
+    gated = net.features(inputs)
+    with disabled(net):
+        for name, feature in net.features(inputs).items():
+            assert_same_bits(feature, expected[name])
+            assert not torch.equal(gated[name], expected[name])
+        assert attention_maps(net, inputs).keys() >= {"fusions.0.vit", "branches.resnet.layer4"}
+        assert_same_bits(net.features(inputs)["vit"], expected["vit"])
+    with pytest.raises(ValueError, match="expected inputs"), disabled(net):
+        net({})
+    for name, feature in net.features(inputs).items():
+        assert_same_bits(feature, gated[name])
+
+
+def test_fusions_and_heads_are_what_is_trained():
+    net, inputs = fused(("resnet", "record"))
+    wrap(net.branches["resnet"], ["layer4"], example_input=inputs["resnet"])
+    names = {id(p): name for name, p in net.named_parameters()}
+    found = [names[id(p)] for p in attention_parameters(net)]
+    assert set(found) == {name for name in names.values() if name.startswith("fusions.") or "drifa_attn" in name}
+    assert len(set(found)) == len(found)
+    assert freeze_backbone(net) is net
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {*found, *(name for name in names.values() if name.startswith("heads."))}
+    sum(logits.sum() for logits in net({"resnet": inputs["resnet"]}).values()).backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    freeze_backbone(net, classifier=["heads.cell", "branches.record"])
+    kept = [name for name, p in net.named_parameters() if p.requires_grad and name not in found]
+    assert {name.rpartition(".")[0] for name in kept} == {"heads.cell", "branches.record.0", "branches.record.2"}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(wrap, r"wrap its branches, net.branches\[name\]"), (plan, "got a fused network"), (unwrap, "unwrap those")],
+)
+def test_what_is_meant_for_a_branch_says_so(function, message):
+    net, inputs = fused(("resnet", "record"))
+    wrap(net.branches["resnet"], example_input=inputs["resnet"])
+    before = registered(net)
+    with pytest.raises(ValueError, match=message):
+        function(net)
+    assert registered(net) == before
 
 
 # Missing modalities ------------------------------------------------------------------------------------------------------
@@ -257,121 +309,6 @@ def test_modality_dropout_takes_its_share_and_leaves_one():
     assert (kept.sum() / present.sum()).item() < 0.9
     assert net.eval().presence(inputs, None) is None
     assert net.presence(inputs, present) is present
-
-
-# What else is done to a network ------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_compiles_whole():
-    net, inputs = fused(("resnet", "record"))
-    torch._dynamo.reset()
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    present = torch.tensor([[True, False], [True, True]])
-    for arguments in ((inputs,), (inputs, present)):
-        for task, logits in compiled(*arguments).items():
-            assert_same_math(logits, net(*arguments)[task])
-
-
-@torch.no_grad()
-def test_exports_with_any_batch():
-    net, inputs = fused(("resnet", "record"))
-    batch = Dim("batch", min=2, max=64)
-    shapes = ({name: {0: batch} for name in inputs}, {0: batch})
-    arguments = (inputs, torch.tensor([[True, False], [True, True]]))
-    program = torch.export.export(net, arguments, dynamic_shapes=shapes, strict=False).module()
-    inputs = {name: torch.randn(5, *x.shape[1:]) for name, x in inputs.items()}
-    present = torch.rand(5, 2) < 0.5
-    for task, logits in program(inputs, present).items():
-        assert_same_math(logits, net(inputs, present)[task])
-
-
-@torch.no_grad()
-def test_copies_and_pickles_come_back_working():
-    net, inputs = fused()
-    expected = net(inputs)["cell"]
-    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert_same_bits(twin(inputs)["cell"], expected)
-        perturb_(twin.branches["resnet"])
-        assert not torch.equal(twin(inputs)["cell"], expected)
-        assert_same_bits(net(inputs)["cell"], expected)
-
-
-@torch.no_grad()
-def test_state_of_one_fits_another():
-    net, inputs = fused()
-    again = fuse(given(inputs)[0], TASKS, example_inputs=inputs).eval()
-    assert list(again.state_dict()) == list(net.state_dict())
-    again.load_state_dict(net.state_dict())
-    assert_same_bits(again(inputs)["cell"], net(inputs)["cell"])
-    plain = without_classifier(built("resnet")[0], "resnet", None)
-    assert [k.removeprefix("branches.resnet.") for k in net.state_dict() if k.startswith("branches.resnet.")] == list(
-        plain.state_dict()
-    )
-
-
-def test_checkpointing_changes_no_gradient():
-    net, inputs = fused()
-    results = []
-    for enable in (False, True):
-        net.set_grad_checkpointing(enable)
-        logits = net(inputs)
-        results.append([*logits.values(), *torch.autograd.grad(sum(v.sin().sum() for v in logits.values()), net.parameters())])
-    for one, two in zip(*results, strict=True):
-        assert_same_math(one, two)
-
-
-@pytest.mark.parametrize("first", ["wrap", "fuse"])
-@torch.no_grad()
-def test_branches_are_wrapped_before_or_after(first):
-    backbones, inputs = given(("resnet", "vit"))
-    if first == "wrap":
-        wrap(backbones["resnet"], "block", example_input=inputs["resnet"])
-    net = fuse(backbones, TASKS, example_inputs=inputs).eval()
-    if first == "fuse":
-        wrap(net.branches["resnet"], "block", example_input=inputs["resnet"])
-    perturb_(net)
-    calls = []
-    found = list(hooks(net))
-    assert len(found) == 4
-    for hook in found:
-        hook.attention.register_forward_hook(lambda *_: calls.append(1))
-    y = net(inputs)["cell"]
-    assert len(calls) == len(found)
-    unwrap(net.branches["resnet"])
-    assert not torch.equal(net(inputs)["cell"], y)
-
-
-def train(rank, folder):
-    """Two steps in one of two processes; one of them lacks a modality."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    net, inputs = fused(("resnet", "record"), modality_dropout=0.3)
-    parallel = DistributedDataParallel(net.train(), find_unused_parameters=False)
-    sgd, loss = torch.optim.SGD(parallel.parameters(), lr=0.01), TaskLoss(list(TASKS))
-    labels = {"lesion": torch.tensor([1, 6]), "cell": torch.tensor([4, -100])}
-    for step in range(2):
-        sgd.zero_grad()
-        given = {k: v + step + rank for k, v in inputs.items() if rank != step or k == "resnet"}
-        loss(parallel(given), labels).backward()
-        sgd.step()
-    torch.save([p.detach() for p in net.parameters()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
-def test_two_processes_stay_in_step_when_one_lacks_a_modality(tmp_path):
-    torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for a, b in zip(one, two, strict=True):
-        assert_same_bits(a, b)
-
-
-def test_autocast_keeps_the_heads_precise():
-    net, inputs = fused(("resnet", "record"))
-    with torch.autocast("cpu", torch.bfloat16):
-        low = net(inputs)["cell"]
-    assert (low - net(inputs)["cell"]).abs().max() < 0.1 * net(inputs)["cell"].abs().max()
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------------
