@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_a_failure_while_fusing_leaves_the_backbones(path, monkeypatch):
         raise RuntimeError("half-way")
 
     net, inputs = trained()
-    monkeypatch.setattr("drifa_attn.fuse.check_parts", fail)
+    monkeypatch.setattr(sys.modules["drifa_attn.fuse"], "check_parts", fail)  # the package's `fuse` is the function
     check_refused(fresh(net), path, ValueError, "half-way", inputs)
 
 

@@ -13,17 +13,9 @@ from torch import nn
 import drifa_attn
 from drifa_attn import (
     MIFA,
-    attention_maps,
-    attention_parameters,
-    disabled,
-    freeze_backbone,
     fuse,
-    plan,
-    unwrap,
-    wrap,
 )
 from drifa_attn.fuse import without_classifier
-from drifa_attn.inject import hooks
 from drifa_attn.layout import positions
 from drifa_attn.trace import replace_tensor
 from tests._compare import assert_same_bits, assert_same_math
@@ -159,86 +151,6 @@ def test_every_fusion_reads_every_branch():
         feature = net.features(inputs | {name: x})[other]
         (grad,) = torch.autograd.grad((feature * torch.randn_like(feature)).sum(), x)
         assert grad.any(), (name, other)
-
-
-# Gates, and the backbones without them -----------------------------------------------------------------------------------
-
-
-def test_maps_hold_the_gate_of_every_stage_and_modality():
-    net, inputs = fused(init="paper")
-    seen, present = {}, torch.tensor([[True, False, True], [True, True, True]])
-    for k, fusion in enumerate(net.fusions):
-        fusion.register_forward_hook(lambda fusion, args, ys, k=k: seen.update({k: (args[0], ys, fusion)}))
-    maps = attention_maps(net.train(), inputs, present)
-    assert net.training
-    assert list(maps) == [f"fusions.{k}.{name}" for k, sites in enumerate(net.stages) for name in sites]
-    for k, (xs, ys, fusion) in seen.items():
-        for i, (name, site) in enumerate(net.stages[k].items()):
-            gate = maps[f"fusions.{k}.{name}"] * fusion.alphas[i]
-            here = present[:, list(inputs).index(name)]
-            x, y = (positions(t[i], site.layout, site.prefix)[here] for t in (xs, ys))
-            assert_same_math(y, x * gate[here, :, None])
-    assert all(0 < gate.min() and gate.max() < 1 for gate in maps.values())
-
-
-def test_maps_hold_the_branches_own_attention_and_no_absent_modality():
-    net, inputs = fused(("resnet", "record"))
-    wrap(net.branches["resnet"], ["layer3"], example_input=inputs["resnet"])
-    maps = attention_maps(net, inputs)
-    assert maps["branches.resnet.layer3"].shape == (2, net.branches["resnet"].layer3[-1].conv2.out_channels)
-    assert list(attention_maps(net, {"record": inputs["record"]})) == ["fusions.0.record", "fusions.1.record"]
-
-
-@torch.no_grad()
-def test_disabled_branches_are_their_own_backbones():
-    backbones, inputs = given(("resnet", "vit", "record"))
-    net = fuse(backbones, TASKS, example_inputs=inputs).eval()
-    expected = {name: branch(inputs[name]) for name, branch in net.branches.items()}
-    wrap(net.branches["resnet"], example_input=inputs["resnet"])
-    perturb_(net.fusions)
-    for hook in hooks(net):
-        hook.attention.strength.fill_(0.5)
-    gated = net.features(inputs)
-    with disabled(net):
-        for name, feature in net.features(inputs).items():
-            assert_same_bits(feature, expected[name])
-            assert not torch.equal(gated[name], expected[name])
-        assert attention_maps(net, inputs).keys() >= {"fusions.0.vit", "branches.resnet.layer4"}
-        assert_same_bits(net.features(inputs)["vit"], expected["vit"])
-    with pytest.raises(ValueError, match="expected inputs"), disabled(net):
-        net({})
-    for name, feature in net.features(inputs).items():
-        assert_same_bits(feature, gated[name])
-
-
-def test_fusions_and_heads_are_what_is_trained():
-    net, inputs = fused(("resnet", "record"))
-    wrap(net.branches["resnet"], ["layer4"], example_input=inputs["resnet"])
-    names = {id(p): name for name, p in net.named_parameters()}
-    found = [names[id(p)] for p in attention_parameters(net)]
-    assert set(found) == {name for name in names.values() if name.startswith("fusions.") or "drifa_attn" in name}
-    assert len(set(found)) == len(found)
-    assert freeze_backbone(net) is net
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trained == {*found, *(name for name in names.values() if name.startswith("heads."))}
-    sum(logits.sum() for logits in net({"resnet": inputs["resnet"]}).values()).backward()
-    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
-    freeze_backbone(net, classifier=["heads.cell", "branches.record"])
-    kept = [name for name, p in net.named_parameters() if p.requires_grad and name not in found]
-    assert {name.rpartition(".")[0] for name in kept} == {"heads.cell", "branches.record.0", "branches.record.2"}
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [(wrap, r"wrap its branches, net.branches\[name\]"), (plan, "got a fused network"), (unwrap, "unwrap those")],
-)
-def test_what_is_meant_for_a_branch_says_so(function, message):
-    net, inputs = fused(("resnet", "record"))
-    wrap(net.branches["resnet"], example_input=inputs["resnet"])
-    before = registered(net)
-    with pytest.raises(ValueError, match=message):
-        function(net)
-    assert registered(net) == before
 
 
 # Missing modalities ------------------------------------------------------------------------------------------------------
