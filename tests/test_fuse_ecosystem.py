@@ -139,15 +139,19 @@ def test_branches_are_wrapped_before_or_after(first):
 @torch.no_grad()
 def test_attention_around_stages_works(first):
     """A module with fused blocks inside is not called itself."""
-    model, x = timm.create_model("convnext_atto", depths=(1, 2), dims=(16, 24), num_classes=0).eval(), torch.randn(2, 3, 32, 32)
+    model = timm.create_model("convnext_atto", depths=(1, 1, 1, 2), dims=(8, 16, 16, 24), num_classes=0).eval()
+    x = torch.randn(2, 3, 64, 64)
     if first == "wrap":
         wrap(model, example_input=x)
     net = fuse({"ct": model}, TASKS, at="block", example_inputs={"ct": x}).eval()
     if first == "fuse":
         wrap(model, example_input=x)
-    assert [sites["ct"].module for sites in net.stages] == ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1"]
+    assert [sites["ct"].module for sites in net.stages] == [
+        *(f"stages.{i}.blocks.0" for i in range(4)),
+        "stages.3.blocks.1",
+    ]
     plain = net.features({"ct": x})["ct"]
-    assert [hook.site.carrier for hook in hooks(net)] == ["stages.0", "stages.1"]
+    assert [hook.site.carrier for hook in hooks(net)] == [f"stages.{i}" for i in range(4)]
     for hook in hooks(net):
         hook.attention.strength.fill_(0.5)
     assert_same_bits(net.features({"ct": x})["ct"], model(x))
@@ -222,7 +226,7 @@ def test_maps_hold_the_branches_own_attention_and_no_absent_modality():
     net, inputs = fused(("resnet", "record"))
     wrap(net.branches["resnet"], ["layer3"], example_input=inputs["resnet"])
     maps = attention_maps(net, inputs)
-    assert maps["branches.resnet.layer3"].shape == (2, net.branches["resnet"].layer3[-1].conv2.out_channels)
+    assert maps["branches.resnet.layer3"].shape == (2, next(hooks(net)).site.channels)
     assert list(attention_maps(net, {"record": inputs["record"]})) == ["fusions.0.record", "fusions.1.record"]
 
 
