@@ -1,0 +1,151 @@
+"""The three networks that are compared, called alike: images by branch in, logits by task out."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import drifa_attn
+from examples.drifa_net.data import Data
+from examples.drifa_net.model import DrifaNet
+
+MODELS = ("drifa_net", "fuse", "concat")
+
+Inputs = dict[str, Tensor]  # images by branch
+Labels = dict[str, Tensor]  # classes by task
+
+
+class Named(nn.Module):
+    """A DRIFA-Net whose branches and tasks have names.
+
+    Shape: {branch: images `b c h w`} -> {task: logits `b k`}.
+    """
+
+    def __init__(self, branches: Sequence[str], tasks: Mapping[str, int], **options: Any) -> None:
+        super().__init__()
+        self.names, self.tasks = tuple(branches), tuple(tasks)
+        self.net = DrifaNet(tuple(tasks.values()), branches=len(branches), **options)
+        for part in self.net.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.momentum = 0.1  # the released 0.01 takes hundreds of steps to forget its start: too many for short runs
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The logits of every task."""
+        return dict(zip(self.tasks, self.net([inputs[name] for name in self.names]), strict=True))
+
+    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The pooled features `b c` of every branch."""
+        fused = self.net.features([inputs[name] for name in self.names])
+        return dict(zip(self.names, fused.chunk(len(self.names), 1), strict=True))
+
+
+class Concat(nn.Module):
+    """The baseline without attention: every backbone to its end, the features side by side, one linear head a task.
+
+        f_i = backbone_i(x_i)        logits = lin(head, dropout([f_1 ; … ; f_m]))
+
+    Shape: {branch: images `b c h w`} -> {task: logits `b k`}.
+    """
+
+    def __init__(self, branches: Mapping[str, nn.Module], tasks: Mapping[str, int], *, dropout: float) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+        width = sum(backbone.num_features for backbone in branches.values())
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.ModuleDict({task: nn.Linear(width, classes) for task, classes in tasks.items()})
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The logits of every task."""
+        fused = self.dropout(torch.cat(list(self.features(inputs).values()), 1))
+        return {task: head(fused) for task, head in self.heads.items()}
+
+    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The pooled features `b c` of every branch."""
+        return {name: backbone(inputs[name]) for name, backbone in self.branches.items()}
+
+
+def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
+    """The network of a run.
+
+    Args:
+        configuration: its "model", with "width" and "reduction" of a DRIFA-Net, or "backbones" and "pretrained" of the others.
+        data: whose branches and tasks it gets.
+
+    Raises: ValueError: backbones that timm does not have, that are not one or one a branch, or that cannot be fused.
+    """
+    images, _ = data.test[0]
+    shapes = {branch: tuple(image.shape) for branch, image in zip(data.branches, images, strict=True)}
+    tasks = {task: len(classes) for task, classes in data.tasks.items()}
+    if configuration["model"] == "drifa_net":
+        kind = {"width": configuration["width"], "reduction": configuration["reduction"]}
+        return Named(data.branches, tasks, in_channels=[shape[0] for shape in shapes.values()], **kind)
+    names = configuration["backbones"]
+    if len(names) not in (1, len(shapes)):
+        raise ValueError(f"--backbones expected one network, or one for each of the branches {list(shapes)}, got {names}.")
+    backbones = {}
+    for name, (branch, shape) in zip(names * (len(shapes) // len(names)), shapes.items(), strict=True):
+        backbones[branch] = backbone(name, shape, pretrained=configuration["pretrained"])
+    if configuration["model"] == "concat":
+        return Concat(backbones, tasks, dropout=0.25)
+    examples = {branch: torch.zeros(2, *shape) for branch, shape in shapes.items()}
+    return drifa_attn.fuse(backbones, tasks, dropout=0.25, example_inputs=examples)
+
+
+def named(images: Sequence[Tensor], targets: Tensor, data: Data, device: torch.device) -> tuple[Inputs, Labels]:
+    """A batch of the data by names, on the device."""
+    inputs = {branch: image.to(device, non_blocking=True) for branch, image in zip(data.branches, images, strict=True)}
+    return inputs, dict(zip(data.tasks, targets.to(device, non_blocking=True).unbind(1), strict=True))
+
+
+def restored(folder: Path, data: Data) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that a finished run left in its folder, in eval mode, and the run's record.
+
+    Raises: ValueError: no finished run, or one on other data.
+    """
+    record, weights = folder / "run.json", folder / "model.safetensors"
+    for path in (record, weights):
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {path.name}: name the folder of a finished run, as OUTPUT/{MODELS[0]}-seed0.")
+    run = json.loads(record.read_text())
+    if run["data"] != json.loads(json.dumps(data.report)):
+        raise ValueError(
+            f"{folder} was trained on other data, {run['configuration']['data']}: give the same --data and --size."
+        )
+    net = build({**run["configuration"], "pretrained": False}, data)
+    net.load_state_dict(load_file(weights))
+    return net.eval(), run
+
+
+def backbone(name: str, shape: Sequence[int], *, pretrained: bool) -> nn.Module:
+    """A timm network without its classifier, for images of this shape."""
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name.partition('_')[0].rstrip('0123456789')}*")[:5]
+        raise ValueError(f"--backbones: timm has no network {name!r}. Similar names: {', '.join(similar) or 'none'}.")
+    fixed = timm.get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size
+    options = {"img_size": tuple(shape[1:])} if fixed else {}
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=shape[0], **options)
+
+
+def attentions(net: nn.Module) -> dict[str, nn.Module]:
+    """Every MFA and MIFA of a network, in the order of its parts."""
+    return {name: part for name, part in net.named_modules() if isinstance(part, drifa_attn.MFA | drifa_attn.MIFA)}
+
+
+@contextmanager
+def ungated(net: nn.Module) -> Iterator[None]:
+    """Within this context every MFA and MIFA hands on what it gets: the same trained weights, all gates off."""
+    handles = []
+    for part in attentions(net).values():
+        many = isinstance(part, drifa_attn.MIFA)
+        handles.append(part.register_forward_hook(lambda _, args, __, many=many: list(args[0]) if many else args[0]))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,393 @@
+"""Train DRIFA-Net, or a fusion of timm networks, or that without attention.
+
+From the repository's root:
+
+    python -m examples.drifa_net.train                                            # digits in two halves, about a minute
+    python -m examples.drifa_net.train --data HAM10000/ SIPaKMeD/ --model fuse --backbones resnet10t --seeds 0 1 2
+    torchrun --nproc-per-node 2 -m examples.drifa_net.train                       # several GPUs or CPU processes
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m examples.drifa_net.train
+
+Every seed has a folder of its own: `OUTPUT/MODEL-seedN/run.json`, with configuration, versions, device, data, history and test
+metrics, and `model.safetensors`, the weights of the best epoch. Killed at any time, the same command goes on where it was and,
+on a CPU, ends with the same bits: each step's randomness follows from seed, epoch and step alone, and `checkpoint.pt` holds the
+rest. A finished seed is not trained again.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from drifa_attn import TaskLoss
+from examples.drifa_net.data import Data, Pairs, load
+from examples.drifa_net.metrics import scores
+from examples.drifa_net.networks import MODELS, build, named
+
+WARMUP = 0.05  # the share of all steps in which the learning rate rises
+PACKAGES = ("torch", "timm", "accelerate", "torchmetrics", "numpy")
+FREE = ("save_every", "workers")  # options that do not touch the result
+COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+
+Logits = dict[str, tuple[Tensor, Tensor]]  # logits and classes by task
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    whole = argparse.ArgumentParser(
+        prog="python -m examples.drifa_net.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = whole.add_argument
+    add("--data", nargs="*", type=Path, default=[], help="a folder or .npz for each branch; none: scikit-learn's digits")
+    add("--model", choices=MODELS, default="drifa_net", help="concat is fuse without attention (default: %(default)s)")
+    add("--backbones", nargs="+", default=["resnet10t"], help="timm networks of fuse and concat, one or one a branch")
+    add("--pretrained", action="store_true", help="download the backbones' weights")
+    add("--width", type=positive, default=16, help="channels of DRIFA-Net's first stage; the paper: 64 (default: %(default)s)")
+    add("--reduction", type=positive, help="of DRIFA-Net's attention (default: none, the paper's dense form)")
+    add("--losses", choices=("fixed", "uncertainty"), default="fixed", help="task weights: equal, or learned")
+    add("--epochs", type=positive, default=20, help="(default: %(default)s)")
+    add("--batch-size", type=positive, default=64, help="pairs a step, over all processes (default: %(default)s)")
+    add("--lr", type=rate, default=2e-3, help="AdamW's highest learning rate (default: %(default)s)")
+    add("--patience", type=positive, help="stop after so many epochs without a lower validation loss (default: never)")
+    add("--size", type=positive, help="height and width of the images (default: the data's own)")
+    add("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
+    add("--output", type=Path, default=Path("outputs/drifa_net"), help="(default: %(default)s)")
+    add("--save-every", type=positive, default=100, help="steps between checkpoints within an epoch (default: %(default)s)")
+    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="(default: accelerate's own setting)")
+    add("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
+    return whole
+
+
+def positive(text: str) -> int:
+    """An integer >= 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A finite number > 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    return float(text)
+
+
+class Learner(nn.Module):
+    """A network and its loss in one module, so that data-parallel training sees the parameters of both.
+
+    Shape: {branch: images}, {task: classes `b`} -> scalar.
+    """
+
+    def __init__(self, net: nn.Module, loss: TaskLoss) -> None:
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def forward(self, inputs: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch."""
+        return self.loss(self.net(inputs), labels)
+
+
+class Run:
+    """One seed from its first step, or its checkpoint, to its test metrics."""
+
+    def __init__(self, configuration: dict[str, Any], data: Data, accelerator: Accelerator, output: Path, console: Console):
+        self.configuration, self.data, self.accelerator, self.console = configuration, data, accelerator, console
+        self.folder = output / f"{configuration['model']}-seed{configuration['seed']}"
+        self.record: dict[str, Any] | None = None  # once the run is finished
+        seed_everything(configuration["seed"])
+        loss = TaskLoss(list(data.tasks), "uncertainty" if configuration["losses"] == "uncertainty" else None)
+        self.learner = Learner(build(configuration, data), loss)
+        optimizer = torch.optim.AdamW(self.learner.parameters(), lr=configuration["lr"])
+        self.parallel, self.optimizer = accelerator.prepare(self.learner, optimizer)
+        self.batch = configuration["batch_size"]
+        self.steps = len(data.train) // self.batch
+        # Where the run stands. With the weights and AdamW's moments, this is all that a checkpoint has to hold.
+        self.epoch = self.step = 0
+        self.total = torch.zeros((), dtype=torch.float64, device=accelerator.device)  # of this epoch's losses
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"loss": math.inf, "epoch": -1, "weights": None}
+        self.seconds, self.since = 0.0, time.monotonic()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the validation loss has not fallen for too long."""
+        patience = self.configuration["patience"]
+        return patience is not None and len(self.history) - 1 - self.best["epoch"] >= patience
+
+    def finish(self) -> dict[str, Any]:
+        """Train what is left and test; returns the record."""
+        if self.record is None:
+            self.train()
+            self.record = self.test()
+            self.accelerator.wait_for_everyone()
+        return self.record
+
+    def train(self) -> None:
+        """All epochs that are left."""
+        epochs = self.configuration["epochs"]
+        with Progress(*COLUMNS, console=self.console, disable=not self.accelerator.is_main_process) as progress:
+            bar = progress.add_task(self.folder.name, total=epochs * self.steps, completed=self.epoch * self.steps + self.step)
+            while self.epoch < epochs and not self.stopped:
+                for _ in self.one_epoch():
+                    progress.advance(bar)
+                    if self.step % self.configuration["save_every"] == 0 and self.step < self.steps:
+                        self.save()
+                self.close_epoch(progress)
+                self.save()
+
+    def one_epoch(self) -> Iterator[int]:
+        """The steps of this epoch that are left; yields after each."""
+        configuration, accelerator = self.configuration, self.accelerator
+        # Splits are one for all seeds, what is drawn in training is not: the dataset draws it from the number it is given.
+        self.data.train.set_epoch(configuration["seed"] * 100_000 + self.epoch)
+        share = self.batch // accelerator.num_processes
+        first = accelerator.process_index * share
+        batches = [range(step * self.batch + first, step * self.batch + first + share) for step in range(self.step, self.steps)]
+        self.parallel.train()
+        for images, targets in DataLoader(self.data.train, batch_sampler=batches, num_workers=configuration["workers"]):
+            seed_everything(configuration["seed"], self.epoch, self.step, accelerator.process_index)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate()
+            loss = self.parallel(*named(images, targets, self.data, accelerator.device))
+            accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.total += loss.detach()
+            self.step += 1
+            yield self.step
+
+    def rate(self) -> float:
+        """The learning rate of this step: it rises, then falls to zero along half a cosine."""
+        done, total = self.epoch * self.steps + self.step, self.configuration["epochs"] * self.steps
+        rising = math.ceil(WARMUP * total)
+        if done < rising:
+            return self.configuration["lr"] * (done + 1) / rising
+        return self.configuration["lr"] * (1 + math.cos(math.pi * (done - rising) / (total - rising))) / 2
+
+    def close_epoch(self, progress: Progress) -> None:
+        """Validate, remember the weights if they are the best so far, and go to the next epoch."""
+        for buffer in self.learner.buffers():  # each process has collected its own batch-norm statistics: the first's count
+            broadcast(buffer)
+        loss = self.accelerator.reduce(self.total / self.steps, reduction="mean").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The training loss of epoch {self.epoch} is {loss}: lower --lr, or choose --mixed-precision bf16 or no. "
+                f"The checkpoint in {self.folder} is from before; other options need another --output."
+            )
+        found = metrics(predict(self.learner.net, self.data.validation, self.data, self.accelerator, self.batch))
+        validation = sum(task["nll"] for task in found.values()) / len(found)
+        self.history.append({"epoch": self.epoch, "loss": loss, "validation": found})
+        if validation < self.best["loss"]:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.learner.net.state_dict().items()}
+            self.best = {"loss": validation, "epoch": self.epoch, "weights": weights}
+        accuracies = ", ".join(f"{task} {100 * values['accuracy']:.1f} %" for task, values in found.items())
+        progress.console.print(f"epoch {self.epoch}: loss {loss:.4f}, validation {validation:.4f}, {accuracies}")
+        self.epoch, self.step = self.epoch + 1, 0
+        self.total.zero_()
+
+    def test(self) -> dict[str, Any]:
+        """The run's record, with the metrics of its best weights; both are in its folder afterwards, the checkpoint is not."""
+        self.learner.net.load_state_dict(self.best["weights"])
+        found = metrics(predict(self.learner.net, self.data.test, self.data, self.accelerator, self.batch))
+        record = {
+            "configuration": self.configuration,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "device": device(self.accelerator),
+            "data": self.data.report,
+            "parameters": sum(parameter.numel() for parameter in self.learner.parameters()),
+            "history": self.history,
+            "best_epoch": self.best["epoch"],
+            "stopped_early": len(self.history) < self.configuration["epochs"],
+            "test": found,
+            "seconds": round(self.seconds + time.monotonic() - self.since, 1),
+        }
+        if self.accelerator.is_main_process:
+            replace(self.folder / "model.safetensors", lambda path: save_file(self.best["weights"], path))
+            replace(self.folder / "run.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        return record
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "configuration": self.configuration,
+                "learner": self.learner.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "place": (self.epoch, self.step, self.total.item()),
+                "history": self.history,
+                "best": self.best,
+                "seconds": self.seconds + time.monotonic() - self.since,
+            }
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def resume(self) -> None:
+        """Take the record of a finished run, or go to where the checkpoint was written. One process reads them for all."""
+        path, finished = self.folder / "checkpoint.pt", self.folder / "run.json"
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process and finished.exists():
+            found[0] = json.loads(finished.read_text())
+        elif self.accelerator.is_main_process and path.exists():
+            found[1] = torch.load(path, map_location="cpu", weights_only=True)
+        self.record, state = broadcast_object_list(found)
+        if self.record is not None:
+            check_same(self.configuration, self.record["configuration"], finished)
+            self.console.print(f"{self.folder.name} is finished.")
+        if state is None:
+            return
+        check_same(self.configuration, state["configuration"], path)
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, total = state["place"]
+        self.total.fill_(total)
+        self.history, self.best, self.seconds = state["history"], state["best"], state["seconds"]
+        self.console.print(f"{self.folder.name} goes on at epoch {self.epoch}, step {self.step}.")
+
+
+def seed_everything(*numbers: int) -> None:
+    """Set torch's random state by these numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+@torch.no_grad()
+def predict(net: nn.Module, pairs: Pairs, data: Data, accelerator: Accelerator, batch: int) -> Logits:
+    """The logits for a split and its classes, in its order, on the CPU of every process; one of them computes each sample's."""
+    net.eval()
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    mine = list(range(rank, len(pairs), processes))
+    parts: list[tuple[list[int], dict[str, Tensor], Tensor]] = []
+    batches = [mine[k : k + batch] for k in range(0, len(mine), batch)]
+    for places, (images, targets) in zip(batches, DataLoader(pairs, batch_sampler=batches), strict=True):
+        with accelerator.autocast():
+            logits = net(named(images, targets, data, accelerator.device)[0])
+        parts.append((places, {task: values.float().cpu() for task, values in logits.items()}, targets))
+    parts = gather_object(parts)
+    order = torch.tensor([place for places, _, _ in parts for place in places]).argsort()
+    targets = torch.cat([targets for _, _, targets in parts])[order]
+    return {
+        task: (torch.cat([logits[task] for _, logits, _ in parts])[order], targets[:, k]) for k, task in enumerate(data.tasks)
+    }
+
+
+def metrics(predictions: Logits) -> dict[str, dict[str, float | int]]:
+    """The metrics of every task."""
+    return {task: scores(logits.double().softmax(1), labels) for task, (logits, labels) in predictions.items()}
+
+
+def replace(path: Path, write: Any) -> None:
+    """Let `write` fill a file beside it, then put that in its place: nobody ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".half")
+    write(half)
+    os.replace(half, path)
+
+
+def device(accelerator: Accelerator) -> dict[str, Any]:
+    """What the run ran on."""
+    kind = accelerator.device.type
+    return {
+        "type": kind,
+        "name": torch.cuda.get_device_name(accelerator.device) if kind == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+    }
+
+
+def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
+    """Raise a `ValueError` with the first difference unless a file belongs to this configuration."""
+    for name, value in configuration.items():
+        if name not in FREE and (name not in other or other[name] != value):
+            raise ValueError(
+                f"{path} is of a run with {name}={other.get(name)!r}, this one has {name}={value!r}: "
+                "give the same options, or another --output."
+            )
+
+
+def configured(options: argparse.Namespace, seed: int, data: Data, accelerator: Accelerator) -> dict[str, Any]:
+    """What decides a run's result, as plain values; of paths only the names."""
+    kept = {name: value for name, value in vars(options).items() if name not in ("data", "seeds", "output", "mixed_precision")}
+    names = [path.name for path in options.data]
+    kind = {"precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
+    return {"data": names or ["digits"], "branches": list(data.branches), **kept, "seed": seed, **kind}
+
+
+def check(options: argparse.Namespace, data: Data, accelerator: Accelerator) -> None:
+    """Raise a `ValueError` unless the options go with the data and the processes."""
+    if options.batch_size % accelerator.num_processes:
+        raise ValueError(f"--batch-size {options.batch_size} cannot be shared by {accelerator.num_processes} processes.")
+    if options.batch_size > len(data.train):
+        raise ValueError(f"--batch-size {options.batch_size} is more than the {len(data.train)} training pairs.")
+    if options.batch_size // accelerator.num_processes < 2:
+        raise ValueError("--batch-size must give each process at least 2 pairs: batch norm needs them.")
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a file: name a folder.")
+    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+        raise ValueError(f"--seeds expected different integers >= 0, got {options.seeds}.")
+
+
+def shown(records: Sequence[Mapping[str, Any]]) -> Table:
+    """The test metrics of all seeds."""
+    names = ("samples", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
+    table = Table("seed", "task", *names, title="test")
+    for record in records:
+        for task, values in record["test"].items():
+            cells = [str(values[name]) if name == "samples" else f"{values[name]:.3f}" for name in names]
+            table.add_row(str(record["configuration"]["seed"]), task, *cells)
+    return table
+
+
+@contextmanager
+def explained(whole: argparse.ArgumentParser) -> Iterator[None]:
+    """Within this context a mistake in options or data ends the command with its message alone."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        whole.exit(2, f"{whole.prog}: error: {error}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Train every seed; returns the records."""
+    whole = parser()
+    options = whole.parse_args(argv)
+    # Told so, accelerate joins the processes of torchrun on machines without a GPU too.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
+    console = Console(highlight=False, quiet=not accelerator.is_main_process)
+    records = []
+    with explained(whole):
+        data = load(options.data, size=options.size)
+        check(options, data, accelerator)
+    console.print(str(data), markup=False)
+    for seed in options.seeds:
+        with explained(whole):
+            one = Run(configured(options, seed, data, accelerator), data, accelerator, options.output, console)
+            one.resume()
+        records.append(one.finish())
+    console.print(shown(records))
+    console.print(f"Records, weights: {options.output}")
+    return records
+
+
+if __name__ == "__main__":
+    main()
