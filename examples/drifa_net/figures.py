@@ -1,0 +1,288 @@
+"""Figures 4 and 5, drawn from a finished run.
+
+From the repository's root:
+
+    python -m examples.drifa_net.figures outputs/drifa_net/fuse-seed0
+
+`gradcam.png`: where each branch's evidence for the class is, with all gates off and on, of test images that are told right.
+`features.png`: t-SNE of what the heads read, with all gates off (unfused) and on (fused). `gates.png`: how open every gate is.
+Gates off means the same trained weights without the attention, which were trained with it: it shows what the attention does in
+this network, not what a network trained without would do. That is `--model concat`, which has no gates.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from rich.console import Console
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import drifa_attn
+from drifa_attn import functional
+from examples.drifa_net.data import IGNORE, Data, load
+from examples.drifa_net.networks import Concat, Inputs, Labels, Named, attentions, named, restored, ungated
+
+ENOUGH = 16  # positions that a Grad-CAM should have at least
+BINS = 60
+CPU = torch.device("cpu")
+
+
+class Focus(nn.Module):
+    """A network as a function of one branch's images alone, for one task: what Grad-CAM takes."""
+
+    def __init__(self, net: nn.Module, inputs: Inputs, branch: str, task: str) -> None:
+        super().__init__()
+        self.net, self.inputs, self.branch, self.task = net, inputs, branch, task
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of the task."""
+        return self.net({**self.inputs, self.branch: x})[self.task]
+
+
+def batches(data: Data, size: int = 256) -> Iterator[tuple[Inputs, Labels]]:
+    """The test images by branch with their classes by task."""
+    for images, targets in DataLoader(data.test, size):
+        yield named(images, targets, data, CPU)
+
+
+def task_of(data: Data, branch: str) -> str:
+    """The task of a branch: its own where there is one, else the first."""
+    return branch if branch in data.tasks else next(iter(data.tasks))
+
+
+def stage_of(net: nn.Module, branch: str, image: Tensor) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The last stage of a branch that has enough positions, and what makes `b c h w` of its output."""
+    if isinstance(net, Named):
+        stages = net.net.branches[net.names.index(branch)]["stages"]
+        halved = [math.prod(-(-n // 4 // (1, 1, 2, 2, 4, 4, 8, 8)[k]) for n in image.shape[-2:]) for k in range(len(stages))]
+        return stages[max((k for k, n in enumerate(halved) if n >= ENOUGH), default=0)], lambda x: x
+    backbone = net.branches[branch]
+    if isinstance(net, Concat):
+        sites = list(drifa_attn.plan(backbone, example_input=image).sites)
+    else:
+        sites = [stage[branch] for stage in net.stages if branch in stage]
+    site = next((site for site in reversed(sites) if site.positions >= ENOUGH), max(sites, key=lambda one: one.positions))
+    return backbone.get_submodule(site.module), lambda x: as_map(x, site.layout, site.prefix, image.shape[-2] / image.shape[-1])
+
+
+def as_map(x: Tensor, layout: str, prefix: int, aspect: float) -> Tensor:
+    """Features of any layout as `b c h w`: channels first, tokens without their prefix in rows and columns of this aspect."""
+    if x.ndim == 3:
+        tokens = x[:, prefix:] if layout == "b ... c" else x.transpose(1, 2)
+        rows = round(math.sqrt(tokens.shape[1] * aspect))
+        return rearrange(tokens, "b (h w) c -> b c h w", h=rows)
+    return x if layout == "b c ..." else rearrange(x, "b h w c -> b c h w")
+
+
+def chosen(net: nn.Module, data: Data, task: str, most: int = 4) -> tuple[Inputs, Tensor]:
+    """The first test image that is told right of each of the first few classes, and these classes."""
+    found: dict[int, Inputs] = {}
+    for inputs, labels in batches(data):
+        with torch.no_grad():
+            right = net(inputs)[task].argmax(1) == labels[task]
+        for i in right.nonzero()[:, 0].tolist():
+            found.setdefault(int(labels[task][i]), {branch: x[i : i + 1] for branch, x in inputs.items()})
+    classes = sorted(found)[:most]
+    if not classes:
+        raise ValueError(f"no test image of {task} is told right: train longer before drawing where the evidence is.")
+    inputs = {branch: torch.cat([found[c][branch] for c in classes]) for branch in data.branches}
+    return inputs, torch.tensor(classes)
+
+
+def heat(net: nn.Module, inputs: Inputs, branch: str, task: str, classes: Tensor) -> np.ndarray:
+    """The Grad-CAM of each image for its class, `b h w` in [0, 1]."""
+    layer, transform = stage_of(net, branch, inputs[branch])
+    with GradCAM(model=Focus(net, inputs, branch, task), target_layers=[layer], reshape_transform=transform) as cam:
+        return cam(input_tensor=inputs[branch], targets=[ClassifierOutputTarget(int(c)) for c in classes])
+
+
+def draw_gradcam(net: nn.Module, data: Data, path: Path) -> None:
+    """Images, and their Grad-CAMs without and with attention, for each branch."""
+    rows = ["image", "gates off", "gates on"] if attentions(net) else ["image", "no attention"]
+    figure = Figure(figsize=(6.4 * len(data.branches), 2.1 * len(rows) + 0.6), layout="constrained")
+    for part, branch in zip(np.atleast_1d(figure.subfigures(1, len(data.branches))), data.branches, strict=True):
+        task = task_of(data, branch)
+        inputs, classes = chosen(net, data, task)
+        maps = []
+        for row in rows[1:]:
+            with ungated(net) if row == "gates off" else nullcontext():
+                maps.append(heat(net, inputs, branch, task, classes))
+        panels = part.subplots(len(rows), len(classes), squeeze=False)
+        for k, image in enumerate(inputs[branch]):
+            pixels = ((image + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
+            for row, axes in enumerate(panels[:, k]):
+                if row == 0:
+                    axes.imshow(pixels)
+                    axes.set_title(data.tasks[task][int(classes[k])], size=11)
+                else:
+                    axes.imshow(pixels.mean(2), cmap="gray", vmin=-0.3, vmax=1.3)
+                    axes.imshow(maps[row - 1][k], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
+                axes.set(xticks=[], yticks=[])
+                if k == 0:
+                    axes.set_ylabel(rows[row], size=11)
+        part.suptitle(f"{branch}: evidence for {task} (black: none)", size=13)
+    figure.savefig(path, dpi=130)
+
+
+@torch.no_grad()
+def features(net: nn.Module, data: Data, most: int = 1000) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the heads read of the labelled test images of each task, `n c`, and their classes.
+
+    Where branches have tasks of their own, they were paired by chance: then of the task's own branch alone.
+    """
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {task: [] for task in data.tasks}
+    for inputs, labels in batches(data):
+        found = net.features(inputs)
+        for task, several in parts.items():
+            kept = labels[task] != IGNORE
+            own = [found[task]] if task in found else list(found.values())
+            several.append((torch.cat(own, 1)[kept], labels[task][kept]))
+    joined = {task: tuple(torch.cat(column) for column in zip(*several, strict=True)) for task, several in parts.items()}
+    return {task: (x[:most], y[:most]) for task, (x, y) in joined.items()}
+
+
+def vote(x: np.ndarray, y: np.ndarray, neighbours: int = 5) -> float:
+    """Per cent of the samples, every class counting the same, whose nearest others vote for their class."""
+    near = NearestNeighbors(n_neighbors=neighbours + 1).fit(x).kneighbors(x, return_distance=False)[:, 1:]
+    right = np.array([np.bincount(y[row]).argmax() == label for row, label in zip(near, y, strict=True)])
+    return 100 * float(np.mean([right[y == label].mean() for label in np.unique(y)]))
+
+
+def draw_features(net: nn.Module, data: Data, path: Path) -> None:
+    """t-SNE of the features of each task, a colour a class, without and with attention."""
+    ways = ["gates off: unfused", "gates on: fused"] if attentions(net) else ["no attention"]
+    figure = Figure(figsize=(6.6 * len(ways), 5.4 * len(data.tasks)), layout="constrained")
+    panels = figure.subplots(len(data.tasks), len(ways), squeeze=False)
+    colours = matplotlib.colormaps["tab10"].colors
+    for column, way in enumerate(ways):
+        with ungated(net) if "off" in way else nullcontext():
+            found = features(net, data)
+        for axes, (task, (x, y)) in zip(panels[:, column], found.items(), strict=True):
+            x = ((x - x.mean(0)) / x.std(0).clamp(min=1e-6)).numpy()
+            perplexity = min(30.0, (len(x) - 1) / 3)
+            place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x)
+            for k, name in enumerate(data.tasks[task]):
+                axes.scatter(*place[y.numpy() == k].T, s=10, color=colours[k % 10], label=name, linewidth=0, alpha=0.8)
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(f"{task}, {way}\n5 nearest neighbours vote right: {vote(x, y.numpy()):.1f} %", size=11)
+            axes.spines[:].set_color("#cccccc")
+            if column == len(ways) - 1:
+                axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    figure.suptitle(f"t-SNE of the features of {len(next(iter(found.values()))[1])} test images or fewer", size=13)
+    figure.savefig(path, dpi=130)
+
+
+def gates(net: nn.Module, data: Data) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every gate a of the test images, and the gain that comes of it, `n c` each by the name of its site."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def keep(part: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        one = isinstance(part, drifa_attn.MFA)
+        several = [part.attention(*args)] if one else part.attention(*args)
+        alphas, strengths = ([part.alpha], [part.strength]) if one else (part.alphas, part.strengths or [None] * len(several))
+        shared = not one and part.expands is None  # then all modalities have one gate
+        for i, a in enumerate(several[:1] if shared else several):
+            gain = functional.gain(a, alphas[i], strengths[i])
+            found.setdefault(name if one or shared else f"{name} → {data.branches[i]}", []).append((a, gain))
+
+    handles = [
+        part.register_forward_pre_hook(lambda m, args, name=name: keep(m, args, name)) for name, part in attentions(net).items()
+    ]
+    try:
+        with torch.no_grad():
+            for inputs, _ in batches(data):
+                net(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: tuple(torch.cat(column) for column in zip(*parts, strict=True)) for name, parts in found.items()}
+
+
+def grouped(found: Mapping[str, Any], data: Data) -> dict[str, dict[str, Any]]:
+    """The sites in panels: MIFA, and MFA of each branch, by short names."""
+    panels: dict[str, dict[str, Any]] = {}
+    for name, values in found.items():
+        head, *rest = name.removeprefix("net.").split(".")
+        if head == "branches":
+            panels.setdefault(f"MFA, {data.branches[int(rest[0])]}", {})[".".join(rest[1:])] = values
+        else:
+            panels.setdefault("MIFA", {})[f"stage {'.'.join(rest)}"] = values
+    return panels
+
+
+def draw_gates(net: nn.Module, data: Data, path: Path) -> None:
+    """A histogram of each site's gates over samples and channels, with what it does to the features."""
+    panels = grouped(gates(net, data), data)
+    tallest = max(len(sites) for sites in panels.values())
+    figure = Figure(figsize=(7.2 * len(panels), 0.3 * tallest + 2.2), layout="constrained")
+    for axes, (title, sites) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        draw_histograms(axes, title, sites)
+    figure.suptitle(
+        "Gates of test images: a strip a site, from closed (0) to open (1).\nRight: how far a gate differs between images, and "
+        "how\nfar it takes the features from what they were. A gate\nthat does not differ attends to nothing.",
+        size=11,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def draw_histograms(axes: Axes, title: str, sites: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """One row a site: its gates over images and channels as a strip from 0 to 1, and its two numbers."""
+    counts = torch.stack([torch.histc(a.float(), BINS, 0, 1) / a.numel() for a, _ in sites.values()])
+    axes.imshow(counts.sqrt().numpy(), cmap="Blues", aspect="auto", extent=(0, 1, len(sites) - 0.5, -0.5), vmin=0)
+    for row, (a, gain) in enumerate(sites.values()):
+        differs, moves = a.std(0, correction=0).mean().item(), 100 * (gain - 1).abs().mean().item()
+        axes.annotate(f"±{differs:.3f}   {moves:.1f} %", (1.02, row), va="center", size=8, annotation_clip=False)
+        axes.plot([a.mean().item()] * 2, [row - 0.45, row + 0.45], color="#b2182b", linewidth=1.5)
+    axes.set(xlim=(0, 1), yticks=range(len(sites)), xlabel="gate (red: mean)", title=title)
+    axes.set_yticklabels(list(sites), size=8)
+    axes.hlines([row + 0.5 for row in range(len(sites) - 1)], 0, 1, color="white", linewidth=2)
+    axes.spines[:].set_visible(False)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Draw all three; returns their paths."""
+    whole = argparse.ArgumentParser(
+        prog="python -m examples.drifa_net.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    whole.add_argument("run", type=Path, help="the folder of a finished run")
+    whole.add_argument("--data", nargs="*", type=Path, default=[], help="as it was trained on")
+    whole.add_argument("--size", type=int, help="as it was trained on")
+    whole.add_argument("--output", type=Path, help="folder of the pictures (default: the run's)")
+    options = whole.parse_args(argv)
+    output = options.output or options.run
+    pictures = {"gradcam.png": draw_gradcam, "features.png": draw_features, "gates.png": draw_gates}
+    try:
+        data = load(options.data, size=options.size)
+        net, _ = restored(options.run, data)
+        chosen(net, data, next(iter(data.tasks)))
+    except (ValueError, OSError) as error:
+        whole.exit(2, f"error: {error}\n")
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False, soft_wrap=True)
+    drawn = []
+    for name, draw in pictures.items():
+        if draw is draw_gates and not attentions(net):
+            console.print("No gates.png: concat has none.")
+            continue
+        draw(net, data, output / name)
+        drawn.append(output / name)
+        console.print(str(drawn[-1]))
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
