@@ -1,0 +1,137 @@
+"""Put finished runs into `results/` and their table into the README.
+
+From the repository's root:
+
+    python -m examples.drifa_net.report outputs/final/*-seed* --trials outputs/trials/*/*-seed*
+    python -m examples.drifa_net.report                       # the README's table again, from the records in results/
+
+A record holds no image and no path. Trials are runs that chose a learning rate; of those, only what was tried is kept.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results", HERE / "README.md"
+START, END = "<!-- results: written by report.py -->\n", "<!-- end of results -->\n"
+METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro-F1",
+    "auroc": "AUROC",
+    "ece": "ECE",
+}
+ORDER = ("drifa_net", "fuse", "concat")
+# Extra trees or logistic regression on the raw pixels, the better of the two, on the same splits.
+PLAIN = {"ham10000_28": {"accuracy": 0.698, "balanced_accuracy": 0.202}, "sipakmed_28": {"accuracy": 0.872}}
+
+Record = Mapping[str, Any]
+
+
+def kept(folders: Iterable[Path], trials: Iterable[Path]) -> None:
+    """Copy the records of finished runs, and what the trials tried, to the results."""
+    RESULTS.mkdir(exist_ok=True)
+    for folder in folders:
+        record = json.loads((folder / "run.json").read_text())
+        (RESULTS / f"{folder.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    tried = [json.loads((folder / "run.json").read_text()) for folder in trials]
+    if tried:
+        rows = [
+            {name: record["configuration"][name] for name in ("model", "lr", "epochs", "seed")} | {"validation": lowest(record)}
+            for record in tried
+        ]
+        rows.sort(key=lambda row: (row["model"], row["lr"]))
+        (RESULTS / "learning_rates.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def lowest(record: Record) -> float:
+    """The lowest validation loss of a run: the mean of its tasks' NLL."""
+    return min(mean(task["nll"] for task in epoch["validation"].values()) for epoch in record["history"])
+
+
+def records() -> dict[str, list[Record]]:
+    """The results by model, in the order of the table, each by seed."""
+    found: dict[str, list[Record]] = {}
+    for model in ORDER:
+        for path in sorted(RESULTS.glob(f"{model}-seed*.json")):
+            found.setdefault(model, []).append(json.loads(path.read_text()))
+    return found
+
+
+def name(configuration: Mapping[str, Any]) -> str:
+    """A model in words."""
+    if configuration["model"] == "drifa_net":
+        reduction = configuration["reduction"]
+        return f"DRIFA-Net, width {configuration['width']}" + (f", reduction {reduction}" if reduction else "")
+    backbones = " + ".join(configuration["backbones"] * (1 if len(configuration["backbones"]) > 1 else 2))
+    return f"`fuse`: {backbones}" if configuration["model"] == "fuse" else "the same, concatenated: no attention"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def table(found: Mapping[str, Sequence[Record]]) -> str:
+    """The table of the README: a row for each model and task, with the plain baseline above."""
+    first = next(iter(found.values()))[0]
+    lines = []
+    for task, values in first["test"].items():
+        lines += [f"**{task}**, {values['samples']} test images", "", "| | parameters | " + " | ".join(METRICS.values()) + " |"]
+        lines.append("|---" * (len(METRICS) + 2) + "|")
+        if task in PLAIN:
+            cells = [f"{PLAIN[task][metric]:.3f}" if metric in PLAIN[task] else "" for metric in METRICS]
+            lines.append("| plain baseline on the raw pixels | | " + " | ".join(cells) + " |")
+        for runs in found.values():
+            cells = [spread([run["test"][task][metric] for run in runs]) for metric in METRICS]
+            lines.append(f"| {name(runs[0]['configuration'])} | {runs[0]['parameters']:,} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def described(found: Mapping[str, Sequence[Record]]) -> str:
+    """How the runs of the table were made."""
+    runs = [run for several in found.values() for run in several]
+    first = runs[0]["configuration"]
+    rates = {model: several[0]["configuration"]["lr"] for model, several in found.items()}
+    seeds = {model: len(several) for model, several in found.items()}
+    counts = ", ".join(sorted({str(count) for count in seeds.values()}))
+    text = f"Mean and standard deviation of {counts} seeds, {first['epochs']} epochs, batches of {first['batch_size']} pairs. "
+    path = RESULTS / "learning_rates.json"
+    if path.exists():
+        rows = json.loads(path.read_text())
+        tried = ", ".join(f"{lr:g}" for lr in sorted({row["lr"] for row in rows}))
+        chosen = ", ".join(f"{model} {lr:g}" for model, lr in rates.items())
+        text += f"Learning rates tried: {tried}, {rows[0]['epochs']} epochs, chosen by validation loss: {chosen}."
+    return text
+
+
+def written(found: Mapping[str, Sequence[Record]]) -> str:
+    """What stands between the marks in the README."""
+    return f"\n{described(found)}\n\n{table(found)}" if found else ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Keep what is given, then write the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.drifa_net.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    parser.add_argument("--trials", nargs="*", type=Path, default=[], help="folders of runs that chose a learning rate")
+    options = parser.parse_args(argv)
+    for folder in (*options.runs, *options.trials):
+        if not (folder / "run.json").is_file():
+            parser.exit(2, f"{parser.prog}: error: {folder} holds no run.json: name folders of finished runs.\n")
+    kept(options.runs, options.trials)
+    found = records()
+    before, _, rest = README.read_text().partition(START)
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{START}{written(found)}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
