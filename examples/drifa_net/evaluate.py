@@ -142,7 +142,7 @@ def draw_abstention(axes: Axes, task: str, numbers: Mapping[str, list[dict[str, 
         axes.scatter([after], [row], s=60, color=COLOURS[way], zorder=3)
         axes.annotate(f"{before:.1f} → {after:.1f}", ((before + after) / 2, row - 0.15), ha="center", va="bottom")
     axes.set(yticks=range(len(numbers)), yticklabels=list(numbers), ylim=(len(numbers) - 0.5, -0.7))
-    axes.set(xlabel="accuracy, per cent", title=f"{task}: all samples (○), certain nine tenths (●)")
+    axes.set(xlabel="accuracy, per cent", title=f"{task}: all (○), certain nine tenths (●)")
     axes.margins(x=0.15)
 
 
