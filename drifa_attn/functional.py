@@ -85,9 +85,12 @@ def hifa(x: Tensor, conv1: Linear, conv2: Linear, conv3: Linear, conv4: Linear, 
     h2 = lin(h1, conv2).sigmoid()
     h3 = lin(h1 + h2, conv3).sigmoid()
     h4 = lin(h3, conv4).sigmoid()
-    u = pool_mean(h1) + pool_max(h2)
-    v = pool_mean(h3) + pool_max(h4)
-    return dense(torch.cat([u, v], dim=1), dense_).sigmoid()
+    return hifa_info(pool_mean(h1), pool_max(h2), pool_mean(h3), pool_max(h4), dense_)
+
+
+def hifa_info(mean1: Tensor, max2: Tensor, mean3: Tensor, max4: Tensor, dense_: Linear) -> Tensor:
+    """G of the pooled maps of HIFA, `b c` each: `σ(lin(dense, [mean1 + max2 ; mean3 + max4]))`."""
+    return dense(torch.cat([mean1 + max2, mean3 + max4], dim=1), dense_).sigmoid()
 
 
 def clia(x: Tensor, conv1: Linear, conv2: Linear) -> Tensor:
@@ -98,7 +101,11 @@ def clia(x: Tensor, conv1: Linear, conv2: Linear) -> Tensor:
     Shape: x `b c n` -> L `b c`.
     Differs: none.
     """
-    p = pool_mean(lin(as_map(x), conv1).sigmoid())
+    return clia_info(pool_mean(lin(as_map(x), conv1).sigmoid()), conv2)
+
+
+def clia_info(p: Tensor, conv2: Linear) -> Tensor:
+    """L of the pooled map of CLIA, `b c`: `p + σ(lin(conv2, p))`."""
     return p + dense(p, conv2).sigmoid()
 
 
@@ -171,7 +178,11 @@ def mgifa(xs: Sequence[Tensor], dense_: Linear, present: Tensor | None = None) -
     Shape: m times x_i `b c n_i` (the n_i may differ), present `b m` -> G `b c`.
     Differs: `present` is not in the paper; None is the paper.
     """
-    pools = pool_modalities([as_map(x) for x in xs], present)
+    return mgifa_info(pool_modalities([as_map(x) for x in xs], present), dense_)
+
+
+def mgifa_info(pools: Tensor, dense_: Linear) -> Tensor:
+    """G of the modalities' summed poolings, `r b c`: `Σ_r σ(lin(dense, pools_r))`."""
     return reduce(dense(pools, dense_).sigmoid(), "r b c -> b c", "sum")
 
 
@@ -209,6 +220,18 @@ def mifa(
         xs = mask_absent([as_map(x) for x in xs], present)
         zs = xs if squeezes is None else [lin(x, squeeze) for x, squeeze in zip(xs, squeezes, strict=True)]
         global_info, local_info = mgifa(zs, mgifa_dense, present), mlifa(zs, mlifa_convs, present)
-        if expands is None:
-            return [fusion_gate(global_info, local_info, global_scale, local_scale)] * len(xs)
-        return [fusion_gate(global_info, local_info, global_scale, local_scale, expand) for expand in expands]
+        return fusion_gates(global_info, local_info, global_scale, local_scale, expands, len(xs))
+
+
+def fusion_gates(
+    global_info: Tensor,
+    local_info: Tensor,
+    global_scale: Tensor,
+    local_scale: Tensor,
+    expands: Sequence[Linear] | None,
+    modalities: int,
+) -> list[Tensor]:
+    """One gate a modality off the information they share: one for all, or each its own by `expands`."""
+    if expands is None:
+        return [fusion_gate(global_info, local_info, global_scale, local_scale)] * modalities
+    return [fusion_gate(global_info, local_info, global_scale, local_scale, expand) for expand in expands]

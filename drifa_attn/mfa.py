@@ -5,9 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, ops
 from .functional import Linear
-from .layout import Layout, check_features, check_layout, positions, scale
+from .layout import Layout, check_features, check_layout, positions
 
 Init = Literal["paper", "identity"]
 SMALLEST_WIDTH = 8
@@ -196,7 +196,7 @@ class MFA(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         """The gate a `b c` of features x, in (0, 1), float32 at least."""
         check_features("MFA", x, self.channels, self.layout, self.prefix)
-        return functional.mfa(
+        return ops.mfa(
             positions(x, self.layout, self.prefix),
             self.hifa.weights(),
             self.clia.weights(),
@@ -209,7 +209,7 @@ class MFA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The features x, each channel multiplied by its gain."""
         factor = functional.gain(self.attention(x), self.alpha, self.strength)
-        return scale(x, factor, self.layout, self.prefix)
+        return ops.gate(x, factor, self.layout, self.prefix)
 
     def extra_repr(self) -> str:
         layout = f', layout="{self.layout}"' + (f", prefix={self.prefix}" if self.prefix else "")

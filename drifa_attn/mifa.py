@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, ops
 from .functional import Linear
-from .layout import Layout, check_features, check_layout, positions, scale
+from .layout import Layout, check_features, check_layout, positions
 from .mfa import Init, check_count, check_init, glorot_, pair, reduced_width
 
 
@@ -229,7 +229,7 @@ class MIFA(nn.Module):
             check_features("MIFA", x, c, layout, prefix)
         check_present("MIFA", present, xs)
         flat = [positions(x, *where) for x, *where in zip(xs, self.layouts, self.prefixes, strict=True)]
-        return functional.mifa(
+        return ops.mifa(
             flat,
             pair(self.mgifa.dense),
             self.mlifa.weights(),
@@ -249,7 +249,7 @@ class MIFA(nn.Module):
             factor = functional.gain(a, self.alphas[i], strengths[i])
             if present is not None:
                 factor = torch.where(present[:, i, None], factor, 1)
-            ys.append(scale(x, factor, self.layouts[i], self.prefixes[i]))
+            ys.append(ops.gate(x, factor, self.layouts[i], self.prefixes[i]))
         return ys
 
     def extra_repr(self) -> str:

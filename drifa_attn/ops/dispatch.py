@@ -1,0 +1,131 @@
+"""Which implementation runs, and why."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from drifa_attn.functional import exact
+
+from . import lean
+
+Mode = Literal["auto", "0", "1"]
+MODES = ("auto", "0", "1")
+
+# Below this many elements of a map, calling a fused op costs more time than it saves (measured on a CPU).
+SMALL = 2**17
+
+
+def check_mode(owner: str, mode: str) -> Mode:
+    """`mode` if it is one, else a `ValueError`."""
+    for known in MODES:
+        if mode == known:
+            return known
+    raise ValueError(f'{owner} expected "auto", "0" (the plain equations) or "1" (always fused), got {mode!r}.')
+
+
+class _State:
+    """The process's mode: a plain attribute, for `torch.compile` to guard."""
+
+    mode: Mode = check_mode("DRIFA_FUSED", os.environ.get("DRIFA_FUSED", "auto"))
+
+
+@contextmanager
+def fused(mode: Mode) -> Iterator[None]:
+    """Within this context attention runs in this mode, in all threads; the environment's `DRIFA_FUSED` is the first one.
+
+    Args:
+        mode: "auto" chooses by measured rules (`explain` tells what and why), "0" is the plain equations of `functional`,
+            "1" is always a fused op, by Triton where it can run, else lean.
+
+    Raises: ValueError: another mode.
+    """
+    mode = check_mode("ops.fused", mode)
+    before, _State.mode = _State.mode, mode
+    try:
+        yield
+    finally:
+        _State.mode = before
+
+
+class Choice(NamedTuple):
+    """The implementation an input gets: "eager", "lean" or "triton", and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export`, or what builds on it, is running."""
+    compiler = torch.compiler
+    return compiler.is_exporting() if hasattr(compiler, "is_exporting") else False
+
+
+def plain_needed(x: Tensor) -> str | None:
+    """Why what happens around this call takes the plain equations, or None."""
+    if x.is_meta:
+        return "meta tensors have no values to fuse over"
+    if is_exporting() or torch.jit.is_tracing():
+        return "an exported or traced graph is to run without this library"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func transforms need equations they can see"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives need equations they can see"
+    return None
+
+
+def kernels(x: Tensor, width: int) -> tuple[bool, str]:
+    """Whether the Triton kernels take this `b c n`, and why (not)."""
+    if x.device.type != "cuda":
+        return False, f"on {x.device.type} the lean ops are the fused ones"
+    try:
+        launch = import_module(".launch", __package__)  # imports no triton itself
+    except ModuleNotFoundError:
+        return False, "the Triton kernels are not installed"
+    reason = launch.supports(x, width)
+    return reason is None, reason or f"Triton takes {x.dtype} at width {width}"
+
+
+def choose(x: Tensor, width: int) -> Choice:
+    """The implementation for the statistics of `b c n` features at a width."""
+    mode = _State.mode
+    if mode == "0":
+        return Choice("eager", "DRIFA_FUSED is 0")
+    if mode == "auto":
+        plain = plain_needed(x)
+        if plain:
+            return Choice("eager", plain)
+        if x.device.type not in ("cpu", "cuda"):
+            return Choice("eager", f"fused ops are not measured on {x.device.type}")
+        if x.device.type == "cpu":
+            elements = x.shape[0] * x.shape[2] * max(x.shape[1], width)
+            if x.shape[2] == 1:
+                return Choice("eager", "one position a sample: nothing to pool")
+            if elements < SMALL:
+                return Choice("eager", f"a map of {elements} elements is small: fewer than {SMALL}")
+    ok, reason = kernels(x, width)
+    return Choice("triton" if ok else "lean", reason if mode == "auto" else f"DRIFA_FUSED is 1; {reason}")
+
+
+def implementation(x: Tensor, width: int, kind: str) -> ModuleType:
+    """The module whose functions run on `x`: `lean`, or the Triton one of this kind ("mfa", "mifa")."""
+    if kernels(x, width)[0]:
+        return import_module(f".triton_{kind}", __package__)
+    return lean
+
+
+@contextmanager
+def undisturbed(x: Tensor) -> Iterator[None]:
+    """The context an op's kernel runs in: without autocast, and on a GPU with the device of x current."""
+    with exact(x), torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        yield
