@@ -53,15 +53,19 @@ def positions(x: Tensor, layout: Layout, prefix: int = 0) -> Tensor:
     return rearrange(x[:, prefix:] if prefix else x, "b ... c -> b c (...)")
 
 
+def spread(factor: Tensor, x: Tensor, layout: Layout, prefix: int = 0) -> Tensor:
+    """One factor a channel (`b c`) with the axes of x; with prefix tokens it is 1 at those."""
+    ones = " ".join("1" * (x.ndim - 2))
+    factor = rearrange(factor, f"b c -> b c {ones}" if layout == "b c ..." else f"b c -> b {ones} c")
+    if prefix:
+        is_position = torch.arange(x.shape[1], device=x.device) >= prefix
+        factor = torch.where(rearrange(is_position, "n -> n 1"), factor, 1)
+    return factor
+
+
 def scale(x: Tensor, factor: Tensor, layout: Layout, prefix: int = 0) -> Tensor:
     """`x · factor` with one factor a channel (`b c`); dtype, strides and prefix tokens stay those of `x`.
 
     The product is rounded once: a gain near 1 would vanish if it were cast to bfloat16 before.
     """
-    ones = " ".join("1" * (x.ndim - 2))
-    target = f"b c {ones}" if layout == "b c ..." else f"b {ones} c"
-    factor = rearrange(factor, f"b c -> {target}")
-    if prefix:
-        is_position = torch.arange(x.shape[1], device=x.device) >= prefix
-        factor = torch.where(rearrange(is_position, "n -> n 1"), factor, 1)
-    return (x * factor).to(x.dtype)
+    return (x * spread(factor, x, layout, prefix)).to(x.dtype)

@@ -49,3 +49,13 @@ def assert_same_bits(actual, expected):
     assert actual.dtype == expected.dtype
     assert torch.equal(actual.nan_to_num(nan=7.25), expected.nan_to_num(nan=7.25))
     assert torch.equal(actual.isnan(), expected.isnan())
+
+
+def assert_no_worse(actual, eager, expected, factor):
+    """Assert that the error against float64 is at most `factor` times that of the plain equations in the same dtype."""
+    actual, eager, expected = exact(actual), exact(eager), exact(expected)
+    bound = factor * max_abs(eager - expected) + 1e-6 * max_abs(expected)
+    for wrong in (torch.zeros_like(expected), 1.05 * expected):
+        assert max_abs(wrong - expected) > bound, f"bound {bound:.1e} lets anything pass"
+    error = max_abs(actual - expected)
+    assert error <= bound, f"error {error:.2e} > {bound:.2e} ({factor} times that of the plain equations)"

@@ -41,7 +41,7 @@ def mfa_stats(x: Tensor, weights: Sequence[Linear], squeeze: Linear | None = Non
     Differs: a tied maximum's gradient goes to its first position.
     """
     w, b = zip(*weights, strict=True)
-    return register.mfa_stats(x, list(w), list(b), *(squeeze or (None, None)))[0]
+    return register.mfa_stats(x, list(w), list(b), *(squeeze or (None, None)), torch.is_grad_enabled())[0]
 
 
 def mifa_stats(x: Tensor, conv: Linear, squeeze: Linear | None = None, present: Tensor | None = None) -> Tensor:
@@ -56,12 +56,19 @@ def mifa_stats(x: Tensor, conv: Linear, squeeze: Linear | None = None, present: 
     Shape: x `b c n`, present `b` -> `6 b d`, float32 at least.
     Differs: a tied extremum's gradient goes to its first position.
     """
-    return register.mifa_stats(x, *conv, *(squeeze or (None, None)), present)[0]
+    return register.mifa_stats(x, *conv, *(squeeze or (None, None)), present, torch.is_grad_enabled())[0]
 
 
 def gate(x: Tensor, factor: Tensor, layout: Layout = "b c ...", prefix: int = 0) -> Tensor:
-    """`x · factor` with one factor a channel (`b c`), rounded once; dtype, strides and prefix tokens stay those of `x`."""
-    return scale(x, factor, layout, prefix)
+    """`x · factor` with one factor a channel, and for backward no map of products.
+
+    Shape: x of the layout, factor `b c`, float32 at least -> as x: same dtype and strides, prefix tokens unchanged. The
+        product is rounded once.
+    Differs: none.
+    """
+    if choose(positions(x, layout), factor.shape[1]).path == "eager":
+        return scale(x, factor, layout, prefix)
+    return register.gate(x, factor, layout, prefix)
 
 
 def mfa(

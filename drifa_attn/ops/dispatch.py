@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ SMALL = 2**17
 
 def check_mode(owner: str, mode: str) -> Mode:
     """`mode` if it is one, else a `ValueError`."""
-    for known in MODES:
-        if mode == known:
-            return known
+    if mode in MODES:
+        return cast(Mode, mode)
     raise ValueError(f'{owner} expected "auto", "0" (the plain equations) or "1" (always fused), got {mode!r}.')
 
 
@@ -73,8 +72,8 @@ def plain_needed(x: Tensor) -> str | None:
     """Why what happens around this call takes the plain equations, or None."""
     if x.is_meta:
         return "meta tensors have no values to fuse over"
-    if is_exporting() or torch.jit.is_tracing():
-        return "an exported or traced graph is to run without this library"
+    if is_exporting():
+        return "an exported graph is to run without this library"
     if torch.compiler.is_compiling():
         return None
     if torch._C._functorch.maybe_current_level() is not None:
@@ -84,15 +83,15 @@ def plain_needed(x: Tensor) -> str | None:
     return None
 
 
-def kernels(x: Tensor, width: int) -> tuple[bool, str]:
-    """Whether the Triton kernels take this `b c n`, and why (not)."""
+def kernels(x: Tensor, width: int | None) -> tuple[bool, str]:
+    """Whether the Triton kernels take this `b c n` (without a width, the gate alone), and why (not)."""
     if x.device.type != "cuda":
         return False, f"on {x.device.type} the lean ops are the fused ones"
     try:
         launch = import_module(".launch", __package__)  # imports no triton itself
     except ModuleNotFoundError:
         return False, "the Triton kernels are not installed"
-    reason = launch.supports(x, width)
+    reason = launch.supports_gate(x) if width is None else launch.supports(x, width)
     return reason is None, reason or f"Triton takes {x.dtype} at width {width}"
 
 
@@ -101,6 +100,8 @@ def choose(x: Tensor, width: int) -> Choice:
     mode = _State.mode
     if mode == "0":
         return Choice("eager", "DRIFA_FUSED is 0")
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return Choice("eager", "a traced or ONNX graph cannot hold the fused ops")
     if mode == "auto":
         plain = plain_needed(x)
         if plain:

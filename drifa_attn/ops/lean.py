@@ -17,16 +17,17 @@ from einops import rearrange
 from torch import Tensor
 
 from drifa_attn.functional import Linear, as_map, lin, vector_dtype
+from drifa_attn.layout import Layout, spread
+from drifa_attn.layout import positions as flat
 
-# Elements of a chunk's map, and positions for each row of a weight: fewer of the latter, and a product spends its time on
-# reading the weight. Both measured on two cores of an AVX-512 CPU with 1 MiB of L2 cache each.
-CHUNK = 2**18
-POSITIONS_PER_ROW = 0.5
+# Elements of a chunk's map. Smaller ones fit a smaller cache, but a product of few positions spends its time on its weight:
+# on two cores of an AVX-512 CPU one of a sample a chunk took 1.1 to 1.4 times as long as one of half a batch of 8.
+CHUNK = 2**20
 
 
 def chunks(b: int, n: int, d: int) -> Iterator[tuple[slice, slice]]:
     """The batch in pieces (samples, positions); never all samples at once, so that memory is saved at any width."""
-    budget = max(CHUNK // d, math.ceil(POSITIONS_PER_ROW * d), 1)
+    budget = max(CHUNK // d, 1)
     samples = max(min(budget // n, math.ceil(b / 2)), 1)
     parts = math.ceil(n / (2 * budget))
     step = math.ceil(n / parts)
@@ -54,14 +55,19 @@ def slope(h: Tensor) -> Tensor:
 class Extremum:
     """The largest (or least) of each row of positions so far, and its first place: `b d` each."""
 
-    def __init__(self, b: int, d: int, x: Tensor, *, least: bool = False) -> None:
-        self.least = least
+    def __init__(self, b: int, d: int, x: Tensor, *, places: bool, least: bool = False) -> None:
+        self.least, self.places = least, places
         start = math.inf if least else -math.inf
         self.value = torch.full((b, d), start, dtype=vector_dtype(x), device=x.device)
         self.where = torch.zeros((b, d), dtype=torch.int32, device=x.device)
 
     def update(self, z: Tensor, samples: slice, positions: slice) -> None:
         """Take one chunk in; a NaN is both largest and least, as in `amax` and `amin`."""
+        if not self.places:  # their search takes three times as long as the value's
+            value = z.amin(-1) if self.least else z.amax(-1)
+            best = self.value[samples]
+            best.copy_((torch.minimum if self.least else torch.maximum)(best, value))
+            return
         value, where = z.min(-1) if self.least else z.max(-1)
         best, place = self.value[samples], self.where[samples]
         if positions.start:
@@ -111,8 +117,12 @@ def mfa_forward(
     biases: Sequence[Tensor],
     squeeze_weight: Tensor | None,
     squeeze_bias: Tensor | None,
+    *,
+    places: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What leaves MFA's maps: mean h1, max h2, mean h3, max h4, mean of CLIA's map, and where the two maxima are.
+
+    Without `places` the second is zeros: only backward needs it.
 
     Shape: x `b c n`, weights five times `d d` (conv1, conv2, conv3, conv4, clia.conv1), biases five times `d`,
         squeeze_weight `d c` -> `5 b d`, `2 b d` (int32).
@@ -121,7 +131,7 @@ def mfa_forward(
     d = weights[0].shape[0]
     conv1, conv2, conv3, conv4, clia1 = zip(weights, biases, strict=True)
     means = torch.zeros((3, b, d), dtype=vector_dtype(x), device=x.device)
-    max2, max4 = Extremum(b, d, x), Extremum(b, d, x)
+    max2, max4 = Extremum(b, d, x, places=places), Extremum(b, d, x, places=places)
     for samples, positions in chunks(b, n, d):
         z = squeezed(read(x, samples, positions), squeeze_weight, squeeze_bias)
         add_mean(means[2, samples], lin(z, clia1).sigmoid_(), n)
@@ -234,15 +244,19 @@ def mifa_forward(
     squeeze_weight: Tensor | None,
     squeeze_bias: Tensor | None,
     present: Tensor | None,
+    *,
+    places: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What leaves one modality of MIFA: min, mean, max of z and of t = σ(lin(weight, z)), and where the four extrema are.
+
+    Without `places` the second is zeros: only backward needs it.
 
     Shape: x `b c n`, weight `d d`, bias `d`, squeeze_weight `d c`, present `b` -> `6 b d`, `4 b d` (int32).
     """
     b, _, n = x.shape
     d = weight.shape[0]
     means = torch.zeros((2, b, d), dtype=vector_dtype(x), device=x.device)
-    low_z, high_z, low_t, high_t = (Extremum(b, d, x, least=least) for least in (True, False, True, False))
+    low_z, high_z, low_t, high_t = (Extremum(b, d, x, places=places, least=least) for least in (True, False, True, False))
     for samples, positions in chunks(b, n, d):
         z = squeezed(read(x, samples, positions, present), squeeze_weight, squeeze_bias)
         t = lin(z, (weight, bias))
@@ -288,3 +302,26 @@ def mifa_backward(
     if present is not None:
         dx.masked_fill_(rearrange(~present, "b -> b 1 1"), 0)
     return dx, *product.result(), *((None, None) if squeeze is None else squeeze.result())
+
+
+def gate_forward(x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> Tensor:
+    """`x · factor` in the dtype and memory order of x, rounded once; prefix tokens as they are."""
+    return multiply(x, factor, layout, prefix, torch.empty_like(x))
+
+
+def multiply(x: Tensor, factor: Tensor, layout: Layout, prefix: int, y: Tensor) -> Tensor:
+    """`x · factor` written to y."""
+    factor = spread(factor, x, layout, prefix)
+    step = max(x.shape[0], 1) if x.dtype == factor.dtype else 1  # else the product is first a map of another dtype
+    for i in range(0, x.shape[0], step):
+        torch.mul(x[i : i + step], factor[i : i + step], out=y[i : i + step])
+    return y
+
+
+def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> tuple[Tensor, Tensor]:
+    """The gradients of x and factor: `dy · factor` and `Σ_positions dy · x`, the latter without a map of the products."""
+    dfactor = torch.zeros_like(factor)
+    dys, xs = flat(dy, layout, prefix), flat(x, layout, prefix)
+    for samples, part in chunks(xs.shape[0], xs.shape[2], xs.shape[1]):
+        dfactor[samples] += (dys[samples, :, part].to(factor.dtype) * xs[samples, :, part]).sum(-1)
+    return multiply(dy, factor, layout, prefix, torch.empty_like(x)), dfactor

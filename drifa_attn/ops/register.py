@@ -5,14 +5,18 @@ through: the dtypes are those of the equations. A backward pass is not different
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from drifa_attn.functional import vector_dtype
+from drifa_attn.layout import Layout, positions
 
-from .dispatch import implementation, undisturbed
+from . import lean
+from .dispatch import implementation, kernels, undisturbed
 
 Weights = Sequence[Tensor]
 Some = Tensor | None
@@ -41,11 +45,13 @@ def refuse(ctx: Any, *grads: Any) -> Any:
     )
 
 
-@torch.library.custom_op("drifa_attn::mfa_stats", mutates_args=(), schema=f"({MFA}) -> (Tensor, Tensor)")
-def mfa_stats(x: Tensor, weights: Weights, biases: Weights, sw: Some, sb: Some) -> tuple[Tensor, Tensor]:
-    """The statistics of MFA, and where its maxima are."""
+@torch.library.custom_op("drifa_attn::mfa_stats", mutates_args=(), schema=f"({MFA}, bool places) -> (Tensor, Tensor)")
+def mfa_stats(x: Tensor, weights: Weights, biases: Weights, sw: Some, sb: Some, places: bool) -> tuple[Tensor, Tensor]:
+    """The statistics of MFA, and where its maxima are, which only backward asks for."""
     with undisturbed(x):
-        return implementation(x, biases[0].shape[0], "mfa").mfa_forward(x, weights, biases, sw, sb)
+        module = implementation(x, biases[0].shape[0], "mfa")
+        options = {"places": places} if module is lean else {}
+        return module.mfa_forward(x, weights, biases, sw, sb, **options)
 
 
 @torch.library.custom_op(
@@ -60,11 +66,15 @@ def mfa_stats_backward(grads: Tensor, x: Tensor, weights: Weights, biases: Weigh
         return listed(run(grads, x, weights, biases, *rest))
 
 
-@torch.library.custom_op("drifa_attn::mifa_stats", mutates_args=(), schema=f"({MIFA}) -> (Tensor, Tensor)")
-def mifa_stats(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """The statistics of one modality of MIFA, and where its extrema are."""
+@torch.library.custom_op("drifa_attn::mifa_stats", mutates_args=(), schema=f"({MIFA}, bool places) -> (Tensor, Tensor)")
+def mifa_stats(
+    x: Tensor, weight: Tensor, bias: Tensor, sw: Some, sb: Some, present: Some, places: bool
+) -> tuple[Tensor, Tensor]:
+    """The statistics of one modality of MIFA, and where its extrema are, which only backward asks for."""
     with undisturbed(x):
-        return implementation(x, bias.shape[0], "mifa").mifa_forward(x, weight, bias, *rest)
+        module = implementation(x, bias.shape[0], "mifa")
+        options = {"places": places} if module is lean else {}
+        return module.mifa_forward(x, weight, bias, sw, sb, present, **options)
 
 
 @torch.library.custom_op(
@@ -108,8 +118,9 @@ def places(x: Tensor, count: int, d: int) -> Tensor:
     return x.new_empty((count, x.shape[0], d), dtype=torch.int32)
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def keep(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     """Keep for backward what the op read, which is x and weights, and the `b d` vectors it gave."""
+    *inputs, _ = inputs
     ctx.lengths = [len(value) if isinstance(value, list) else None for value in inputs]
     flat = [t for value in inputs for t in (value if isinstance(value, list) else [value])]
     ctx.save_for_backward(*flat, *output)
@@ -126,16 +137,73 @@ def mfa_gradients(ctx: Any, grads: Tensor, _: Tensor) -> tuple[Any, ...]:
     """The gradients of `mfa_stats`' inputs."""
     inputs, outputs = kept(ctx)
     dx, *rest = mfa_stats_backward(grads, *inputs, *outputs)
-    return dx, rest[:5], rest[5:10], *(rest[10:] or (None, None))
+    return dx, rest[:5], rest[5:10], *(rest[10:] or (None, None)), None
 
 
 def mifa_gradients(ctx: Any, grads: Tensor, _: Tensor) -> tuple[Any, ...]:
     """The gradients of `mifa_stats`' inputs."""
     inputs, outputs = kept(ctx)
     dx, dw, db, *rest = mifa_stats_backward(grads, *inputs, *outputs)
-    return dx, dw, db, *(rest or (None, None)), None
+    return dx, dw, db, *(rest or (None, None)), None, None
 
 
+@torch.library.custom_op(
+    "drifa_attn::gate", mutates_args=(), schema="(Tensor x, Tensor factor, str layout, int prefix) -> Tensor"
+)
+def gate(x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> Tensor:
+    """The features x times one factor a channel."""
+    with undisturbed(x):
+        flat = positions(x, layout)
+        if not kernels(flat, None)[0]:
+            return lean.gate_forward(x, factor, layout, prefix)
+        triton = import_module(".triton_gate", __package__)
+        return unflatten(triton.gate_forward(flat, factor, prefix), x, layout)
+
+
+@torch.library.custom_op(
+    "drifa_attn::gate_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor factor, str layout, int prefix) -> (Tensor, Tensor)",
+)
+def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> tuple[Tensor, Tensor]:
+    """The gradients of x and factor."""
+    with undisturbed(x):
+        flat = positions(x, layout)
+        if not kernels(flat, None)[0]:
+            return lean.gate_backward(dy, x, factor, layout, prefix)
+        triton = import_module(".triton_gate", __package__)
+        dx, dfactor = triton.gate_backward(positions(dy, layout), flat, factor, prefix)
+        return unflatten(dx, x, layout), dfactor
+
+
+def unflatten(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """`b c n` back in the shape of x."""
+    return (y if layout == "b c ..." else rearrange(y, "b c n -> b n c")).view(x.shape)
+
+
+@gate.register_fake
+def _(x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@gate_backward.register_fake
+def _(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(factor)
+
+
+def keep_gate(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    """Keep for backward what the gate read."""
+    x, factor, *ctx.place = inputs
+    ctx.save_for_backward(x, factor)
+
+
+def gate_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """The gradients of the gate's inputs."""
+    return *gate_backward(dy, *ctx.saved_tensors, *ctx.place), None, None
+
+
+gate.register_autograd(gate_gradients, setup_context=keep_gate)
+gate_backward.register_autograd(refuse)
 mfa_stats.register_autograd(mfa_gradients, setup_context=keep)
 mifa_stats.register_autograd(mifa_gradients, setup_context=keep)
 mfa_stats_backward.register_autograd(refuse)
