@@ -109,7 +109,8 @@ def mifa(
         return functional.mifa(xs, *weights, present=present, squeezes=squeezes, expands=expands)
     masks: Sequence[Tensor | None] = [None] * len(xs) if present is None else present.unbind(1)
     with functional.exact(xs[0]):
-        parts = zip(xs, mlifa_convs, squeezes or [None] * len(xs), masks, strict=True)
+        maps: Sequence[Linear | None] = [None] * len(xs) if squeezes is None else squeezes
+        parts = zip(xs, mlifa_convs, maps, masks, strict=True)
         pools = torch.stack([mifa_stats(*part) for part in parts])  # m (2 r) b d
         if present is not None:
             pools = torch.where(rearrange(present, "b m -> m 1 b 1"), pools, 0)

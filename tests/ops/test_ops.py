@@ -200,6 +200,7 @@ def test_gate_is_the_product(features, seed, dtype):
         assert_same_math(grad, e, rel=2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("squeezed", [False, True])
 def test_ops_pass_opcheck(squeezed):
     def leaf(*shape):
@@ -250,6 +251,7 @@ def test_second_derivatives_are_refused():
             grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func.jvp's own
 def test_transforms_take_the_plain_equations():
     mfa, x = MFA(16), torch.randn(3, 2, 16, 3000)
     assert_same_math(torch.func.vmap(mfa)(x), torch.stack([mfa(one) for one in x]))
