@@ -1,0 +1,195 @@
+"""Pieces of all Triton kernels. Channels are the rows of every tile and positions its columns, so that pooling stays in a thread.
+
+Importing this file imports triton, which decides here, once, between its compiler and its interpreter.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drifa_attn.ops.launch import interpreting
+
+INTERPRET = tl.constexpr(interpreting())
+NOWHERE = tl.constexpr(2**31 - 1)
+
+
+def launch(kernel: Any, programs: int, device_of: Tensor, **arguments: Any) -> None:
+    """Run `programs` programs of `kernel` on the device of `device_of`.
+
+    Products may be fused with the sums that follow them; said here because the compiler's default is about to change.
+    """
+    with torch.cuda.device_of(device_of):
+        kernel[(programs,)](**arguments, enable_fp_fusion=True)
+
+
+def precision() -> str:
+    """How float32 operands are multiplied; the interpreter always does so exactly."""
+    return "ieee" if interpreting() else "tf32"
+
+
+@triton.jit
+def sigmoid(z):
+    """σ in float32, by one exponential and one approximate reciprocal (1 ulp)."""
+    e = 1.0 + tl.exp(-z)
+    if INTERPRET:
+        return 1.0 / e
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """`total + a b`, summed in float32. Operands of two dtypes meet in float32. The interpreter has no bfloat16 product."""
+    if INTERPRET:
+        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == b.dtype:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(t, dtype: tl.constexpr):
+    """Float32 `t` in `dtype`, to nearest even. The interpreter truncates to bfloat16, so it is rounded by hand there."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = t.to(tl.int32, bitcast=True)
+        t = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return t.to(dtype)
+
+
+@triton.jit
+def peak(t, ok, p):
+    """The maximum of each row over the positions `p` that are `ok`, and the first of them that holds it."""
+    t = tl.where(ok, t, float("-inf"))
+    top = tl.max(t, 1)
+    return top, tl.min(tl.where(t == top[:, None], p[None, :], NOWHERE), 1)
+
+
+@triton.jit
+def higher(top, at, new_top, new_at):
+    """The higher of two maxima and its position; the earlier, which comes first, among equals."""
+    return tl.maximum(top, new_top), tl.where(new_top > top, new_at, at)
+
+
+@triton.jit
+def pull(total, vectors, positions, p, PULLS: tl.constexpr, width, row, mask):
+    """`total` plus each maximum's gradient at the one position that has it: `vectors` and `positions` are `PULLS width`."""
+    for k in tl.static_range(PULLS):
+        at = tl.load(positions + k * width + row, mask=mask, other=-1)
+        gradient = tl.load(vectors + k * width + row, mask=mask, other=0.0)
+        total += tl.where(at[:, None] == p[None, :], gradient[:, None], 0.0)
+    return total
+
+
+@triton.constexpr_function
+def ones_below(bits, s):
+    """How many of the lowest `s` bits are set."""
+    return (bits & ((1 << s) - 1)).bit_count()
+
+
+@triton.jit
+def finish_kernel(
+    parts,
+    spots,
+    stats,
+    where,
+    chunks,
+    samples,
+    n,
+    width,
+    padded,
+    STATS: tl.constexpr,
+    PEAKS: tl.constexpr,
+    PEAK_BITS: tl.constexpr,
+    NEGATED_BITS: tl.constexpr,
+    SIGMOID_BITS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Reduce what the chunks of a sample left, in a fixed order: parts `b chunks STATS padded` -> stats `STATS b width`.
+
+    Bit s of PEAK_BITS says that statistic s is a maximum with a position (else a sum, to become a mean), of NEGATED_BITS
+    that it is the maximum of the negative, of SIGMOID_BITS that σ follows. PEAKS counts the maxima.
+    """
+    blocks = tl.cdiv(width, ROWS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    inside = row < width
+    for s in tl.static_range(STATS):
+        is_peak: tl.constexpr = (PEAK_BITS >> s) & 1 == 1
+        total = tl.zeros((ROWS,), tl.float32)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        at = tl.zeros((ROWS,), tl.int32)
+        spot: tl.constexpr = ones_below(PEAK_BITS, s)
+        for first in range(0, chunks, CHUNKS):
+            chunk = first + tl.arange(0, CHUNKS)
+            mask = (chunk < chunks)[None, :] & inside[:, None]
+            place = b * chunks + chunk[None, :]
+            values = tl.load(parts + (place * STATS + s) * padded + row[:, None], mask=mask, other=float("-inf") if is_peak else 0.0)
+            if is_peak:
+                positions = tl.load(spots + (place * PEAKS + spot) * padded + row[:, None], mask=mask, other=NOWHERE)
+                new_top = tl.max(values, 1)
+                top, at = higher(top, at, new_top, tl.min(tl.where(values == new_top[:, None], positions, NOWHERE), 1))
+            else:
+                total += tl.sum(values, 1)
+        value = total / n
+        if is_peak:
+            value = -top if (NEGATED_BITS >> s) & 1 == 1 else top
+            # a sample full of NaN has its maximum nowhere
+            tl.store(where + (spot * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
+        if (SIGMOID_BITS >> s) & 1 == 1:
+            value = sigmoid(value)
+        tl.store(stats + (s * samples + b) * width + row, value, mask=inside)
+
+
+class Pools(NamedTuple):
+    """Which statistics a pass over positions leaves: as many as `stats`, what each is by its bit (see `finish_kernel`)."""
+
+    stats: int
+    peaks: int
+    negated: int
+    sigmoids: int
+
+    @property
+    def spots(self) -> int:
+        return self.peaks.bit_count()
+
+
+def partials(x: Tensor, pools: Pools, chunks: int, padded: int) -> tuple[Tensor, Tensor]:
+    """Where each chunk of positions leaves its sums and maxima, and the positions of the maxima."""
+    parts = x.new_empty(x.shape[0], chunks, pools.stats, padded, dtype=torch.float32)
+    return parts, x.new_empty(x.shape[0], chunks, pools.spots, padded, dtype=torch.int32)
+
+
+def finish(x: Tensor, pools: Pools, parts: Tensor, spots: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The statistics `s b width` in float32 and the positions of the maxima, from what the chunks left."""
+    b, chunks, _, padded = parts.shape
+    stats = x.new_empty(pools.stats, b, width, dtype=torch.float32)
+    where = x.new_empty(pools.spots, b, width, dtype=torch.int32)
+    rows = 64
+    launch(
+        finish_kernel,
+        b * triton.cdiv(width, rows),
+        x,
+        parts=parts,
+        spots=spots,
+        stats=stats,
+        where=where,
+        chunks=chunks,
+        samples=b,
+        n=x.shape[2],
+        width=width,
+        padded=padded,
+        STATS=pools.stats,
+        PEAKS=pools.spots,
+        PEAK_BITS=pools.peaks,
+        NEGATED_BITS=pools.negated,
+        SIGMOID_BITS=pools.sigmoids,
+        CHUNKS=32,
+        ROWS=rows,
+        num_warps=4,
+    )
+    return stats, where

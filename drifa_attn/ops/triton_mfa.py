@@ -1,0 +1,201 @@
+"""MFA's five pooled vectors and their gradient as Triton kernels (the equations of HIFA and CLIA, Fig. 2).
+
+Up to `WIDEST_CHAIN` channels one kernel reads `x` once and nothing else of size `b c n` is moved; beyond, each layer is a
+matrix product of its own. Backward recomputes from `x`.
+Differs: the gradient of a maximum goes to the first of tied positions alone, ties being those before σ.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drifa_attn.ops import launch as config
+from drifa_attn.ops.launch import supports as supports
+from drifa_attn.ops.triton_common import Pools, finish, higher, launch, partials, peak, precision, product, rounded, sigmoid
+from drifa_attn.ops.triton_products import MAX, MEAN, Slot, layer, new_map, tiles_of, unbounded
+
+Weights = Sequence[Tensor]
+
+POOLS = Pools(stats=5, peaks=0b01010, negated=0, sigmoids=0b01010)  # mean h1, max h2, mean h3, max h4, mean t
+
+
+@triton.jit
+def chain_layer(weights, biases, layer: tl.constexpr, h, D: tl.constexpr, PRECISION: tl.constexpr):
+    """`W h + bias` of one layer of the chain; the padding of both is zero."""
+    row = tl.arange(0, D)
+    w = tl.load(weights + layer * D * D + row[:, None] * D + row[None, :])
+    z = product(w, h, tl.zeros((D, h.shape[1]), tl.float32), PRECISION)
+    return z + tl.load(biases + layer * D + row)[:, None]
+
+
+@triton.jit
+def chain_kernel(
+    x,
+    weights,
+    biases,
+    squeeze,
+    squeeze_bias,
+    parts,
+    spots,
+    n,
+    c,
+    x_b,
+    x_c,
+    x_n,
+    zero,
+    D: tl.constexpr,
+    SQUEEZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """All five layers for TILES tiles of positions of one sample: sums to `parts`, maxima before σ to `parts` and `spots`.
+
+    weights `5 D D` and biases `5 D`, in the order conv1, conv2, conv3, conv4, clia.conv1 and zero-padded to D. `zero` is 0,
+    which the compiler cannot know: it would otherwise move the weights' loads out of the loop, and spill.
+    """
+    chunks = tl.cdiv(n, POSITIONS * TILES)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    dtype = x.dtype.element_ty
+    row = tl.arange(0, D)
+    sum1 = tl.zeros((D,), tl.float32)
+    sum3 = tl.zeros((D,), tl.float32)
+    sum_t = tl.zeros((D,), tl.float32)
+    top2 = tl.full((D,), float("-inf"), tl.float32)
+    top4 = tl.full((D,), float("-inf"), tl.float32)
+    at2 = tl.zeros((D,), tl.int32)
+    at4 = tl.zeros((D,), tl.int32)
+    for tile in range(TILES):
+        p = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
+        ok = (p < n)[None, :]
+        live = tl.where(ok, 1.0, 0.0)
+        w, v = weights + tile * zero, biases + tile * zero
+        here = x + b * x_b + p[None, :] * x_n
+        if SQUEEZE:
+            total = tl.zeros((D, POSITIONS), tl.float32)
+            for first in range(0, c, DEPTH):
+                k = first + tl.arange(0, DEPTH)
+                s = tl.load(squeeze + row[:, None] * c + k[None, :], mask=(k < c)[None, :], other=0.0)
+                a = tl.load(here + k[:, None] * x_c, mask=(k < c)[:, None] & ok, other=0.0)
+                total = product(s, a, total, PRECISION)
+            total += tl.load(squeeze_bias + row)[:, None]
+            if dtype == tl.float16:  # whose range may not hold z
+                z = total
+            else:
+                z = rounded(total, dtype)
+        else:
+            z = tl.load(here + row[:, None] * x_c, mask=(row < c)[:, None] & ok, other=0.0)
+        sum_t += tl.sum(sigmoid(chain_layer(w, v, 4, z, D, PRECISION)) * live, 1)
+        h = sigmoid(chain_layer(w, v, 0, z, D, PRECISION))
+        sum1 += tl.sum(h * live, 1)
+        h1 = rounded(h, dtype)
+        h = chain_layer(w, v, 1, h1, D, PRECISION)
+        top, at = peak(h, ok, p)
+        top2, at2 = higher(top2, at2, top, at)
+        h12 = rounded(sigmoid(h) + h1.to(tl.float32), dtype)
+        h = sigmoid(chain_layer(w, v, 2, h12, D, PRECISION))
+        sum3 += tl.sum(h * live, 1)
+        top, at = peak(chain_layer(w, v, 3, rounded(h, dtype), D, PRECISION), ok, p)
+        top4, at4 = higher(top4, at4, top, at)
+    slot = b * chunks + chunk
+    tl.store(parts + (slot * 5 + 0) * D + row, sum1)
+    tl.store(parts + (slot * 5 + 1) * D + row, top2)
+    tl.store(parts + (slot * 5 + 2) * D + row, sum3)
+    tl.store(parts + (slot * 5 + 3) * D + row, top4)
+    tl.store(parts + (slot * 5 + 4) * D + row, sum_t)
+    tl.store(spots + (slot * 2 + 0) * D + row, at2)
+    tl.store(spots + (slot * 2 + 1) * D + row, at4)
+
+
+def packed(weights: Weights, width: int, dtype: torch.dtype) -> Tensor:
+    """Equal weights or biases in one zero-padded tensor: `l d [d] -> l width [width]`."""
+    stacked = torch.stack([*weights]).to(dtype)
+    padding = [0, width - stacked.shape[1]] * (stacked.ndim - 1)
+    return F.pad(stacked, padding) if any(padding) else stacked
+
+
+def chain_forward(
+    x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`mfa_forward` in one pass."""
+    (b, c, n), d = x.shape, weights[0].shape[0]
+    padded = config.power_of_two(d)
+    chosen = config.chain(x, padded)
+    chunks = triton.cdiv(n, chosen.positions * chosen.tiles)
+    parts, spots = partials(x, POOLS, chunks, padded)
+    squeezed = squeeze_weight is not None
+    launch(
+        chain_kernel,
+        b * chunks,
+        x,
+        x=x,
+        weights=packed(weights, padded, x.dtype),
+        biases=packed(biases, padded, torch.float32),
+        squeeze=F.pad(squeeze_weight.to(x.dtype), [0, 0, 0, padded - d]) if squeezed else None,
+        squeeze_bias=F.pad(squeeze_bias.float(), [0, padded - d]) if squeezed else None,
+        parts=parts,
+        spots=spots,
+        n=n,
+        c=c,
+        x_b=x.stride(0),
+        x_c=x.stride(1),
+        x_n=x.stride(2),
+        zero=0,
+        D=padded,
+        SQUEEZE=squeezed,
+        PRECISION=precision(),
+        POSITIONS=chosen.positions,
+        TILES=chosen.tiles,
+        DEPTH=min(chosen.depth, config.power_of_two(c)),
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    return finish(x, POOLS, parts, spots, d)
+
+
+def squeezed_map(x: Tensor, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None) -> Tensor:
+    """`z = lin(squeeze, x)`, or `x` itself."""
+    if squeeze_weight is None:
+        return x
+    z = new_map(x, squeeze_weight.shape[0], unbounded(x))
+    layer(x, squeeze_weight.to(x.dtype), squeeze_bias.float(), out=z, active=False)
+    return z
+
+
+def layerwise_forward(
+    x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`mfa_forward` as one product a layer."""
+    d = weights[0].shape[0]
+    (conv1, conv2, conv3, conv4, local) = zip([w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases], strict=True)
+    parts, spots = partials(x, POOLS, tiles_of(x), d)
+    h1, h12, h3 = (new_map(x, d, x.dtype) for _ in range(3))
+    z = squeezed_map(x, squeeze_weight, squeeze_bias)
+    layer(z, *local, slot=Slot(MEAN, parts, spots, 4))
+    layer(z, *conv1, slot=Slot(MEAN, parts, spots, 0), out=h1)
+    layer(h1, *conv2, slot=Slot(MAX, parts, spots, 1, 0), other=h1, out_sum=h12)
+    layer(h12, *conv3, slot=Slot(MEAN, parts, spots, 2), out=h3)
+    layer(h3, *conv4, slot=Slot(MAX, parts, spots, 3, 1))
+    return finish(x, POOLS, parts, spots, d)
+
+
+def mfa_forward(
+    x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The five vectors that leave HIFA and CLIA, and where the two maxima are.
+
+    Args:
+        weights, biases: of conv1, conv2, conv3, conv4 and clia.conv1.
+        squeeze_weight, squeeze_bias: None, or of the reduction `z = lin(squeeze, x)` in front.
+
+    Shape: x `b c n` of any strides, weights `d d`, biases `d`, squeeze `d c` and `d`; -> stats `5 b d` float32 (mean h1,
+    max h2, mean h3, max h4, mean t), where `2 b d` int32 (first position of max h2 and of max h4, before σ).
+    """
+    chained = weights[0].shape[0] <= config.WIDEST_CHAIN
+    return (chain_forward if chained else layerwise_forward)(x, weights, biases, squeeze_weight, squeeze_bias)

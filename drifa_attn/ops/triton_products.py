@@ -1,0 +1,279 @@
+"""The layer-wise kernels: one layer as one matrix product whose epilogue activates, pools and differentiates. Any width.
+
+Maps are `b c n` views of `b n c` memory, in the dtype of `x`; a squeezed map, which no sigmoid bounds, is float32 where `x`
+is float16.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drifa_attn.ops import launch as config
+from drifa_attn.ops.triton_common import launch, peak, precision, product, pull, rounded, sigmoid
+
+MEAN, MAX = 1, 2  # what `layer` pools
+
+
+@triton.jit
+def layer_kernel(
+    x,
+    weight,
+    bias,
+    other,
+    gradient,
+    vectors,
+    positions,
+    out,
+    out_sum,
+    parts,
+    spots,
+    n,
+    c,
+    d,
+    x_b,
+    x_c,
+    x_n,
+    STATS: tl.constexpr,
+    STAT: tl.constexpr,
+    SPOTS: tl.constexpr,
+    SPOT: tl.constexpr,
+    POOL: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    PULLS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`z = W x + bias` (c -> d) for a block of channels and positions of one sample, `h = σ(z)`, and of these what is asked.
+
+    POOL: the sum of h, or the maximum of z and its position, to its slot of `parts` and `spots`. `out`: h (z, unless
+    ACTIVE); `out_sum`: h + other. With `gradient` (`b d`, and PULLS more at positions), that of h: `out` is then the
+    gradient of z, `gradient · h(1 − h)`, and the sum in the slot is its.
+    """
+    blocks = tl.cdiv(d, ROWS)
+    tiles = tl.cdiv(n, POSITIONS)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)  # blocks of one tile run side by side and share it in L2
+    tile = tl.program_id(0) // blocks % tiles
+    b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
+    p = tile * POSITIONS + tl.arange(0, POSITIONS)
+    inside, ok = row < d, (p < n)[None, :]
+    z = tl.zeros((ROWS, POSITIONS), tl.float32)
+    for first in range(0, c, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        w = tl.load(weight + row[:, None] * c + k[None, :], mask=inside[:, None] & (k < c)[None, :], other=0.0)
+        a = tl.load(x + b * x_b + k[:, None] * x_c + p[None, :] * x_n, mask=(k < c)[:, None] & ok, other=0.0)
+        z = product(w, a, z, PRECISION)
+    z += tl.load(bias + row, mask=inside, other=0.0)[:, None]
+    h = z
+    if ACTIVE:
+        h = sigmoid(z)
+    if gradient is not None:
+        pulled = tl.load(gradient + b * d + row, mask=inside, other=0.0)[:, None] + tl.zeros_like(z)
+        h = pull(pulled, vectors + b * PULLS * d, positions + b * PULLS * d, p, PULLS, d, row, inside) * h * (1.0 - h)
+    slot = b * tiles + tile
+    if POOL == 1:
+        tl.store(parts + (slot * STATS + STAT) * d + row, tl.sum(tl.where(ok, h, 0.0), 1), mask=inside)
+    if POOL == 2:
+        top, at = peak(z, ok, p)
+        tl.store(parts + (slot * STATS + STAT) * d + row, top, mask=inside)
+        tl.store(spots + (slot * SPOTS + SPOT) * d + row, at, mask=inside)
+    place = b * n * d + p[None, :] * d + row[:, None]
+    mask = inside[:, None] & ok
+    if out is not None:
+        tl.store(out + place, rounded(h, out.dtype.element_ty), mask=mask)
+    if out_sum is not None:
+        h += tl.load(other + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_sum + place, rounded(h, out_sum.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def back_kernel(
+    weight,
+    q,
+    weight2,
+    q2,
+    h,
+    gradient,
+    vectors,
+    positions,
+    out,
+    parts,
+    n,
+    c,
+    d,
+    out_b,
+    out_c,
+    out_n,
+    PULLS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`d = Wᵀ q [+ W2ᵀ q2] + gradient + maxima's gradients` (d -> c), and with `h` the gradient before σ, `d · h(1 − h)`.
+
+    Its sum over the tile goes to `parts` (`b tiles c`): a bias's gradient.
+    """
+    blocks = tl.cdiv(c, ROWS)
+    tiles = tl.cdiv(n, POSITIONS)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0) // blocks % tiles
+    b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
+    p = tile * POSITIONS + tl.arange(0, POSITIONS)
+    inside, ok = row < c, (p < n)[None, :]
+    total = tl.zeros((ROWS, POSITIONS), tl.float32)
+    for first in range(0, d, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        w = tl.load(weight + k[None, :] * c + row[:, None], mask=inside[:, None] & (k < d)[None, :], other=0.0)
+        a = tl.load(q + b * n * d + p[None, :] * d + k[:, None], mask=(k < d)[:, None] & ok, other=0.0)
+        total = product(w, a, total, PRECISION)
+    if q2 is not None:
+        for first in range(0, d, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            w = tl.load(weight2 + k[None, :] * c + row[:, None], mask=inside[:, None] & (k < d)[None, :], other=0.0)
+            a = tl.load(q2 + b * n * d + p[None, :] * d + k[:, None], mask=(k < d)[:, None] & ok, other=0.0)
+            total = product(w, a, total, PRECISION)
+    if gradient is not None:
+        total += tl.load(gradient + b * c + row, mask=inside, other=0.0)[:, None]
+        total = pull(total, vectors + b * PULLS * c, positions + b * PULLS * c, p, PULLS, c, row, inside)
+    mask = inside[:, None] & ok
+    if h is not None:
+        slope = tl.load(h + b * n * c + p[None, :] * c + row[:, None], mask=mask, other=0.0).to(tl.float32)
+        total *= slope * (1.0 - slope)
+        tl.store(parts + (b * tiles + tile) * c + row, tl.sum(tl.where(ok, total, 0.0), 1), mask=inside)
+    place = b * out_b + row[:, None] * out_c + p[None, :] * out_n
+    tl.store(out + place, rounded(total, out.dtype.element_ty), mask=mask)
+
+
+def new_map(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty map of `width` channels over the positions of `x`: `b c n`, in `b n c` memory."""
+    return x.new_empty(x.shape[0], x.shape[2], width, dtype=dtype).mT
+
+
+def unbounded(x: Tensor) -> torch.dtype:
+    """The dtype of a map no sigmoid bounds: the range of float16 may not hold it."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def tiles_of(x: Tensor) -> int:
+    """How many tiles of positions the layer-wise kernels cut a sample into."""
+    return triton.cdiv(x.shape[2], config.positions(x.shape[2]))
+
+
+class Pull(NamedTuple):
+    """What reaches a map from its pooled vectors: a gradient at every position, `b d`, and at `k` positions more, `b k d`."""
+
+    everywhere: Tensor
+    vectors: Tensor | None = None
+    positions: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The kernel arguments."""
+        count = 0 if self.vectors is None else self.vectors.shape[1]
+        return {"gradient": self.everywhere, "vectors": self.vectors, "positions": self.positions, "PULLS": count}
+
+
+NO_PULL: dict[str, Any] = {"gradient": None, "vectors": None, "positions": None, "PULLS": 0}
+
+
+class Slot(NamedTuple):
+    """Where a layer pools to: what (MEAN or MAX), of which statistic and which maximum."""
+
+    pool: int
+    parts: Tensor
+    spots: Tensor
+    stat: int
+    spot: int = 0
+
+
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    slot: Slot | None = None,
+    out: Tensor | None = None,
+    out_sum: Tensor | None = None,
+    other: Tensor | None = None,
+    pull: Pull | None = None,
+    active: bool = True,
+) -> None:
+    """One layer, `z = W x + bias` and σ: see `layer_kernel`. `weight` is `d c` in the dtype of the products."""
+    (b, c, n), d = x.shape, weight.shape[0]
+    chosen, positions = config.product(x, d), config.positions(n)
+    launch(
+        layer_kernel,
+        b * triton.cdiv(n, positions) * triton.cdiv(d, chosen.rows),
+        x,
+        x=x,
+        weight=weight,
+        bias=bias,
+        other=other,
+        **(NO_PULL if pull is None else pull.arguments()),
+        out=out,
+        out_sum=out_sum,
+        parts=None if slot is None else slot.parts,
+        spots=None if slot is None else slot.spots,
+        n=n,
+        c=c,
+        d=d,
+        x_b=x.stride(0),
+        x_c=x.stride(1),
+        x_n=x.stride(2),
+        STATS=0 if slot is None else slot.parts.shape[2],
+        STAT=0 if slot is None else slot.stat,
+        SPOTS=0 if slot is None else slot.spots.shape[2],
+        SPOT=0 if slot is None else slot.spot,
+        POOL=0 if slot is None else slot.pool,
+        ACTIVE=active,
+        PRECISION=precision(),
+        ROWS=chosen.rows,
+        POSITIONS=positions,
+        DEPTH=min(chosen.depth, config.power_of_two(c)),
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+
+
+def back(
+    pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, *, pull: Pull | None = None, h: Tensor | None = None
+) -> Tensor:
+    """The gradient that one or two layers (weight `d c`, map q) pass down to `out`: see `back_kernel`.
+
+    With `h`, also the bias's gradient, `c`.
+    """
+    (weight, q), (weight2, q2) = (*pairs, (None, None))[:2]
+    (b, d, n), c = q.shape, weight.shape[1]
+    chosen, positions = config.product(q, c), config.positions(n)
+    parts = out.new_empty(b, tiles_of(q), c, dtype=torch.float32) if h is not None else None
+    launch(
+        back_kernel,
+        b * triton.cdiv(n, positions) * triton.cdiv(c, chosen.rows),
+        q,
+        weight=weight,
+        q=q,
+        weight2=weight2,
+        q2=q2,
+        h=h,
+        **(NO_PULL if pull is None else pull.arguments()),
+        out=out,
+        parts=parts,
+        n=n,
+        c=c,
+        d=d,
+        out_b=out.stride(0),
+        out_c=out.stride(1),
+        out_n=out.stride(2),
+        PRECISION=precision(),
+        ROWS=chosen.rows,
+        POSITIONS=positions,
+        DEPTH=min(chosen.depth, config.power_of_two(d)),
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    return None if parts is None else parts.sum((0, 1))
