@@ -167,3 +167,22 @@ def chain(x: Tensor, padded: int) -> Chain:
     chosen = row(CHAIN, x)[padded, x.element_size()]
     tile = min(chosen.positions, power_of_two(x.shape[2]))
     return chosen._replace(positions=tile, tiles=min(chosen.tiles, power_of_two(-(-x.shape[2] // tile), 1)))
+
+
+class Tile(NamedTuple):
+    """A pointwise kernel: blocks of `rows` channels by `positions`, `tiles` of them a program where it sums."""
+
+    rows: int
+    positions: int
+    tiles: int
+    warps: int
+
+
+def gate(x: Tensor) -> Tile:
+    """The tile of the gate: 4096 elements, long where the memory of `x` is contiguous. 8 accesses of 128 bits a thread."""
+    _, c, n = x.shape
+    if x.stride(1) == 1:
+        rows = min(128, power_of_two(c))
+        return Tile(rows, 4096 // rows, 4, 4)
+    columns = min(256, power_of_two(n))
+    return Tile(4096 // columns, columns, 4, 4)

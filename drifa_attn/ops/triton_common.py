@@ -85,6 +85,12 @@ def pull(total, vectors, positions, p, PULLS: tl.constexpr, width, row, mask):
 
 
 @triton.constexpr_function
+def bit(bits, s):
+    """Whether bit `s` is set."""
+    return bits >> s & 1 == 1
+
+
+@triton.constexpr_function
 def ones_below(bits, s):
     """How many of the lowest `s` bits are set."""
     return (bits & ((1 << s) - 1)).bit_count()
@@ -119,28 +125,26 @@ def finish_kernel(
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     inside = row < width
     for s in tl.static_range(STATS):
-        is_peak: tl.constexpr = (PEAK_BITS >> s) & 1 == 1
         total = tl.zeros((ROWS,), tl.float32)
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         at = tl.zeros((ROWS,), tl.int32)
-        spot: tl.constexpr = ones_below(PEAK_BITS, s)
         for first in range(0, chunks, CHUNKS):
             chunk = first + tl.arange(0, CHUNKS)
             mask = (chunk < chunks)[None, :] & inside[:, None]
             place = b * chunks + chunk[None, :]
-            values = tl.load(parts + (place * STATS + s) * padded + row[:, None], mask=mask, other=float("-inf") if is_peak else 0.0)
-            if is_peak:
-                positions = tl.load(spots + (place * PEAKS + spot) * padded + row[:, None], mask=mask, other=NOWHERE)
+            values = tl.load(parts + (place * STATS + s) * padded + row[:, None], mask=mask, other=float("-inf") if bit(PEAK_BITS, s) else 0.0)
+            if bit(PEAK_BITS, s):
+                positions = tl.load(spots + (place * PEAKS + ones_below(PEAK_BITS, s)) * padded + row[:, None], mask=mask, other=NOWHERE)
                 new_top = tl.max(values, 1)
                 top, at = higher(top, at, new_top, tl.min(tl.where(values == new_top[:, None], positions, NOWHERE), 1))
             else:
                 total += tl.sum(values, 1)
         value = total / n
-        if is_peak:
-            value = -top if (NEGATED_BITS >> s) & 1 == 1 else top
+        if bit(PEAK_BITS, s):
+            value = -top if bit(NEGATED_BITS, s) else top
             # a sample full of NaN has its maximum nowhere
-            tl.store(where + (spot * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
-        if (SIGMOID_BITS >> s) & 1 == 1:
+            tl.store(where + (ones_below(PEAK_BITS, s) * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
+        if bit(SIGMOID_BITS, s):
             value = sigmoid(value)
         tl.store(stats + (s * samples + b) * width + row, value, mask=inside)
 

@@ -71,7 +71,7 @@ def chain_kernel(
     top4 = tl.full((D,), float("-inf"), tl.float32)
     at2 = tl.zeros((D,), tl.int32)
     at4 = tl.zeros((D,), tl.int32)
-    for tile in range(TILES):
+    for tile in tl.range(TILES, num_stages=1):  # prefetching the next tile's weights does not fit
         p = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
         ok = (p < n)[None, :]
         live = tl.where(ok, 1.0, 0.0)
