@@ -162,11 +162,45 @@ def product(x: Tensor, rows: int) -> Product:
     return chosen._replace(rows=rows, warps=4 if small else chosen.warps)
 
 
+# padded width, up to which all channels are one block, and bytes of an operand -> configuration
+POOLS = {
+    90: {
+        (16, 2): Chain(128, 4, 4),
+        (32, 2): Chain(128, 4, 4),
+        (64, 2): Chain(64, 4, 4),
+        (128, 2): Chain(64, 4, 8, 64, 3),
+        (16, 4): Chain(64, 4, 4),
+        (32, 4): Chain(64, 4, 4),
+        (64, 4): Chain(64, 4, 4),
+        (128, 4): Chain(64, 4, 8, 32, 3),
+    },
+    80: {
+        (16, 2): Chain(128, 4, 4),
+        (32, 2): Chain(128, 4, 4),
+        (64, 2): Chain(64, 4, 4),
+        (128, 2): Chain(64, 4, 8, 32, 3),
+        (16, 4): Chain(64, 4, 4),
+        (32, 4): Chain(64, 4, 4),
+        (64, 4): Chain(64, 4, 4),
+        (128, 4): Chain(64, 4, 8, 32, 3),
+    },
+}
+
+
+def fitted(chosen: Chain, n: int) -> Chain:
+    """`chosen` for a map of `n` positions: a small one gets small tiles, and no more of them than it has."""
+    tile = min(chosen.positions, power_of_two(n))
+    return chosen._replace(positions=tile, tiles=min(chosen.tiles, power_of_two(-(-n // tile), 1)))
+
+
 def chain(x: Tensor, padded: int) -> Chain:
-    """The configuration of the chain over `x` at a padded width: a small map gets small tiles, and no more than it has."""
-    chosen = row(CHAIN, x)[padded, x.element_size()]
-    tile = min(chosen.positions, power_of_two(x.shape[2]))
-    return chosen._replace(positions=tile, tiles=min(chosen.tiles, power_of_two(-(-x.shape[2] // tile), 1)))
+    """The configuration of the chain over `x` at a padded width."""
+    return fitted(row(CHAIN, x)[padded, x.element_size()], x.shape[2])
+
+
+def pools(x: Tensor, width: int) -> Chain:
+    """The configuration of MIFA's poolings of `x`."""
+    return fitted(row(POOLS, x)[min(128, power_of_two(width)), x.element_size()], x.shape[2])
 
 
 class Tile(NamedTuple):
@@ -185,4 +219,4 @@ def gate(x: Tensor) -> Tile:
         rows = min(128, power_of_two(c))
         return Tile(rows, 4096 // rows, 4, 4)
     columns = min(256, power_of_two(n))
-    return Tile(4096 // columns, columns, 4, 4)
+    return Tile(4096 // columns, columns, 4, 4 if n % 8 == 0 else 8)  # rows that are not aligned take a register an element

@@ -16,7 +16,7 @@ from torch import Tensor
 from drifa_attn.ops import launch as config
 from drifa_attn.ops.launch import supports as supports
 from drifa_attn.ops.triton_common import Pools, finish, higher, launch, partials, peak, precision, product, rounded, sigmoid
-from drifa_attn.ops.triton_products import MAX, MEAN, Slot, layer, new_map, tiles_of, unbounded
+from drifa_attn.ops.triton_products import MAX, MEAN, Slot, layer, new_map, squeezed_map, tiles_of
 
 Weights = Sequence[Tensor]
 
@@ -157,15 +157,6 @@ def chain_forward(
         num_stages=chosen.stages,
     )
     return finish(x, POOLS, parts, spots, d)
-
-
-def squeezed_map(x: Tensor, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None) -> Tensor:
-    """`z = lin(squeeze, x)`, or `x` itself."""
-    if squeeze_weight is None:
-        return x
-    z = new_map(x, squeeze_weight.shape[0], unbounded(x))
-    layer(x, squeeze_weight.to(x.dtype), squeeze_bias.float(), out=z, active=False)
-    return z
 
 
 def layerwise_forward(

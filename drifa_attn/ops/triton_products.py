@@ -23,6 +23,7 @@ def layer_kernel(
     x,
     weight,
     bias,
+    present,
     other,
     gradient,
     vectors,
@@ -53,7 +54,7 @@ def layer_kernel(
 
     POOL: the sum of h, or the maximum of z and its position, to its slot of `parts` and `spots`. `out`: h (z, unless
     ACTIVE); `out_sum`: h + other. With `gradient` (`b d`, and PULLS more at positions), that of h: `out` is then the
-    gradient of z, `gradient · h(1 − h)`, and the sum in the slot is its.
+    gradient of z, `gradient · h(1 − h)`, and the sum in the slot is its. A sample not `present` is zeros and is not read.
     """
     blocks = tl.cdiv(d, ROWS)
     tiles = tl.cdiv(n, POSITIONS)
@@ -62,11 +63,14 @@ def layer_kernel(
     b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
     p = tile * POSITIONS + tl.arange(0, POSITIONS)
     inside, ok = row < d, (p < n)[None, :]
+    readable = ok
+    if present is not None:
+        readable = ok & (tl.load(present + b) != 0)
     z = tl.zeros((ROWS, POSITIONS), tl.float32)
     for first in range(0, c, DEPTH):
         k = first + tl.arange(0, DEPTH)
         w = tl.load(weight + row[:, None] * c + k[None, :], mask=inside[:, None] & (k < c)[None, :], other=0.0)
-        a = tl.load(x + b * x_b + k[:, None] * x_c + p[None, :] * x_n, mask=(k < c)[:, None] & ok, other=0.0)
+        a = tl.load(x + b * x_b + k[:, None] * x_c + p[None, :] * x_n, mask=(k < c)[:, None] & readable, other=0.0)
         z = product(w, a, z, PRECISION)
     z += tl.load(bias + row, mask=inside, other=0.0)[:, None]
     h = z
@@ -196,6 +200,7 @@ def layer(
     weight: Tensor,
     bias: Tensor,
     *,
+    present: Tensor | None = None,
     slot: Slot | None = None,
     out: Tensor | None = None,
     out_sum: Tensor | None = None,
@@ -213,6 +218,7 @@ def layer(
         x=x,
         weight=weight,
         bias=bias,
+        present=present,
         other=other,
         **(NO_PULL if pull is None else pull.arguments()),
         out=out,
@@ -277,3 +283,14 @@ def back(
         num_stages=chosen.stages,
     )
     return None if parts is None else parts.sum((0, 1))
+
+
+def squeezed_map(
+    x: Tensor, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None, present: Tensor | None = None
+) -> Tensor:
+    """`z = lin(squeeze, x)`, or `x` itself. A sample that is not `present` counts as zeros and is not read."""
+    if squeeze_weight is None or squeeze_bias is None:
+        return x
+    z = new_map(x, squeeze_weight.shape[0], unbounded(x))
+    layer(x, squeeze_weight.to(x.dtype).contiguous(), squeeze_bias.float(), present=present, out=z, active=False)
+    return z

@@ -1,0 +1,157 @@
+"""MIFA's six pooled vectors of one modality and their gradient as Triton kernels (MGIFA's and MLIFA's poolings, Fig. 3).
+
+One pass over the modality: the poolings of the map come from the tile its convolution reads.
+Differs: the gradient of an extremum goes to the first of tied positions alone, ties being those before σ.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drifa_attn.ops import launch as config
+from drifa_attn.ops.launch import supports as supports
+from drifa_attn.ops.triton_common import Pools, finish, higher, launch, partials, peak, precision, product, sigmoid
+from drifa_attn.ops.triton_products import squeezed_map
+
+# min z, mean z, max z, min t, mean t, max t
+POOLS = Pools(stats=6, peaks=0b101101, negated=0b001001, sigmoids=0b101000)
+
+
+@triton.jit
+def pools_kernel(
+    x,
+    weight,
+    bias,
+    present,
+    parts,
+    spots,
+    n,
+    c,
+    x_b,
+    x_c,
+    x_n,
+    zero,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Minimum, sum and maximum of a block of channels of `x` and of `W x + bias` (the sum: of its σ), for TILES tiles.
+
+    WHOLE: the block is all channels, so that one tile serves both. A sample that is not `present` is zeros and is not read.
+    `zero` is 0, which the compiler cannot know, so that it leaves the weights' loads in the loop.
+    """
+    blocks = tl.cdiv(c, ROWS)
+    chunks = tl.cdiv(n, POSITIONS * TILES)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    chunk = tl.program_id(0) // blocks % chunks
+    b = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    inside = row < c
+    x_sum = tl.zeros((ROWS,), tl.float32)
+    t_sum = tl.zeros((ROWS,), tl.float32)
+    x_low = tl.full((ROWS,), float("-inf"), tl.float32)  # the maximum of −x
+    x_top = tl.full((ROWS,), float("-inf"), tl.float32)
+    z_low = tl.full((ROWS,), float("-inf"), tl.float32)
+    z_top = tl.full((ROWS,), float("-inf"), tl.float32)
+    x_low_at = tl.zeros((ROWS,), tl.int32)
+    x_top_at = tl.zeros((ROWS,), tl.int32)
+    z_low_at = tl.zeros((ROWS,), tl.int32)
+    z_top_at = tl.zeros((ROWS,), tl.int32)
+    for tile in tl.range(TILES, num_stages=1):
+        p = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
+        ok = (p < n)[None, :]
+        readable = ok
+        if present is not None:
+            readable = ok & (tl.load(present + b) != 0)
+        here = x + b * x_b + p[None, :] * x_n
+        a = tl.load(here + row[:, None] * x_c, mask=inside[:, None] & readable, other=0.0)
+        z = tl.zeros((ROWS, POSITIONS), tl.float32)
+        if WHOLE:
+            k = tl.arange(0, ROWS)
+            w = tl.load(weight + tile * zero + row[:, None] * c + k[None, :], mask=inside[:, None] & (k < c)[None, :], other=0.0)
+            z = product(w, a, z, PRECISION)
+        else:
+            for first in range(0, c, DEPTH):
+                k = first + tl.arange(0, DEPTH)
+                w = tl.load(weight + row[:, None] * c + k[None, :], mask=inside[:, None] & (k < c)[None, :], other=0.0)
+                u = tl.load(here + k[:, None] * x_c, mask=(k < c)[:, None] & readable, other=0.0)
+                z = product(w, u, z, PRECISION)
+        z += tl.load(bias + tile * zero + row, mask=inside, other=0.0)[:, None]
+        value = a.to(tl.float32)
+        x_sum += tl.sum(value, 1)
+        top, at = peak(-value, ok, p)
+        x_low, x_low_at = higher(x_low, x_low_at, top, at)
+        top, at = peak(value, ok, p)
+        x_top, x_top_at = higher(x_top, x_top_at, top, at)
+        t_sum += tl.sum(tl.where(ok, sigmoid(z), 0.0), 1)
+        top, at = peak(-z, ok, p)
+        z_low, z_low_at = higher(z_low, z_low_at, top, at)
+        top, at = peak(z, ok, p)
+        z_top, z_top_at = higher(z_top, z_top_at, top, at)
+    slot = b * chunks + chunk
+    tl.store(parts + (slot * 6 + 0) * c + row, x_low, mask=inside)
+    tl.store(parts + (slot * 6 + 1) * c + row, x_sum, mask=inside)
+    tl.store(parts + (slot * 6 + 2) * c + row, x_top, mask=inside)
+    tl.store(parts + (slot * 6 + 3) * c + row, z_low, mask=inside)
+    tl.store(parts + (slot * 6 + 4) * c + row, t_sum, mask=inside)
+    tl.store(parts + (slot * 6 + 5) * c + row, z_top, mask=inside)
+    tl.store(spots + (slot * 4 + 0) * c + row, x_low_at, mask=inside)
+    tl.store(spots + (slot * 4 + 1) * c + row, x_top_at, mask=inside)
+    tl.store(spots + (slot * 4 + 2) * c + row, z_low_at, mask=inside)
+    tl.store(spots + (slot * 4 + 3) * c + row, z_top_at, mask=inside)
+
+
+def mifa_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    present: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The six vectors that leave one modality, and where the four extrema are.
+
+    Args:
+        weight, bias: of the modality's convolution.
+        squeeze_weight, squeeze_bias: None, or of the reduction `z = lin(squeeze, x)` in front.
+        present: None, or which samples have this modality; another sample's features count as zeros and are not read.
+
+    Shape: x `b c n` of any strides, weight `d d`, bias `d`, squeeze `d c` and `d`, present `b`; -> stats `6 b d` float32
+    (minimum, mean and maximum of z, then of t), where `4 b d` int32 (first position of the minimum and maximum of z, then
+    of t, before σ).
+    """
+    b, d, n = x.shape[0], weight.shape[0], x.shape[2]
+    z = squeezed_map(x, squeeze_weight, squeeze_bias, present)
+    tile = config.pools(z, d)
+    chunks = triton.cdiv(n, tile.positions * tile.tiles)
+    parts, spots = partials(x, POOLS, chunks, d)
+    rows = min(128, config.power_of_two(d))
+    launch(
+        pools_kernel,
+        b * chunks * triton.cdiv(d, rows),
+        x,
+        x=z,
+        weight=weight.to(x.dtype).contiguous(),
+        bias=bias.float(),
+        present=present if squeeze_weight is None else None,
+        parts=parts,
+        spots=spots,
+        n=n,
+        c=d,
+        x_b=z.stride(0),
+        x_c=z.stride(1),
+        x_n=z.stride(2),
+        zero=0,
+        WHOLE=d <= rows,
+        PRECISION=precision(),
+        ROWS=rows,
+        POSITIONS=tile.positions,
+        TILES=tile.tiles,
+        DEPTH=min(tile.depth, rows),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return finish(x, POOLS, parts, spots, d)
