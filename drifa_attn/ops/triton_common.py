@@ -75,11 +75,16 @@ def higher(top, at, new_top, new_at):
 
 
 @triton.jit
-def pull(total, vectors, positions, p, PULLS: tl.constexpr, width, row, mask):
-    """`total` plus each maximum's gradient at the one position that has it: `vectors` and `positions` are `PULLS width`."""
+def pull(total, everywhere, vectors, positions, b, p, PULLS: tl.constexpr, width, row):
+    """`total` plus what sample b's pooled vectors pass down: `everywhere` (`b width`), and each of PULLS `vectors` at a position.
+
+    vectors and positions are `b PULLS width`: a maximum's gradient goes to the one position that holds it.
+    """
+    if everywhere is not None:
+        total += tl.load(everywhere + b * width + row, mask=row < width, other=0.0)[:, None]
     for k in tl.static_range(PULLS):
-        at = tl.load(positions + k * width + row, mask=mask, other=-1)
-        gradient = tl.load(vectors + k * width + row, mask=mask, other=0.0)
+        at = tl.load(positions + (b * PULLS + k) * width + row, mask=row < width, other=-1)
+        gradient = tl.load(vectors + (b * PULLS + k) * width + row, mask=row < width, other=0.0)
         total += tl.where(at[:, None] == p[None, :], gradient[:, None], 0.0)
     return total
 

@@ -16,7 +16,24 @@ from torch import Tensor
 from drifa_attn.ops import launch as config
 from drifa_attn.ops.launch import supports as supports
 from drifa_attn.ops.triton_common import Pools, finish, higher, launch, partials, peak, precision, product, rounded, sigmoid
-from drifa_attn.ops.triton_products import MAX, MEAN, Slot, layer, new_map, squeezed_map, tiles_of
+from drifa_attn.ops.triton_products import (
+    MAX,
+    MEAN,
+    Pull,
+    Slot,
+    back,
+    bias_sums,
+    cast_like,
+    layer,
+    new_map,
+    sample_chunks,
+    squeeze_back,
+    squeezed_map,
+    summed,
+    tiles_of,
+    unbounded,
+    weight_gradient,
+)
 
 Weights = Sequence[Tensor]
 
@@ -190,3 +207,61 @@ def mfa_forward(
     """
     chained = weights[0].shape[0] <= config.WIDEST_CHAIN
     return (chain_forward if chained else layerwise_forward)(x, weights, biases, squeeze_weight, squeeze_bias)
+
+
+def layerwise_core(
+    z: Tensor, weights: Weights, biases: Weights, pulls: Sequence[Pull], q4: Tensor, dz: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Recompute the maps of a few samples, write the gradient of `z` to `dz`; the weights' and the biases' but db4.
+
+    pulls: of h1, h2, h3 and t; q4: the gradient before σ of h4, which is zero but at the maxima.
+    """
+    d = weights[0].shape[0]
+    conv1, conv2, conv3, conv4, local = weights
+    bias1, bias2, bias3, _, bias_local = biases
+    h1, h2, h12, h3 = (new_map(z, d, conv1.dtype) for _ in range(4))
+    q1, q2, q3, ql = (new_map(z, d, q4.dtype) for _ in range(4))
+    layer(z, conv1, bias1, out=h1)
+    layer(h1, conv2, bias2, out=h2, out_sum=h12, other=h1)
+    layer(h12, conv3, bias3, out=h3)
+    sums = bias_sums(z, d)
+    layer(z, local, bias_local, slot=Slot(MEAN, sums, sums), out=ql, pull=pulls[3])
+    db3 = back([(conv4, q4)], q3, pull=pulls[2], h=h3)
+    db2 = back([(conv3, q3)], q2, pull=pulls[1], h=h2)
+    db1 = back([(conv2, q2), (conv3, q3)], q1, pull=pulls[0], h=h1)
+    back([(conv1, q1), (local, ql)], dz)
+    pairs = ((q1, z), (q2, h1), (q3, h12), (q4, h3), (ql, z))
+    return [weight_gradient(q, a) for q, a in pairs], [db1, db2, db3, sums.sum((0, 1, 2))]
+
+
+def mfa_backward(
+    grads: Tensor,
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    stats: Tensor,
+    where: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """The gradients of `mfa_forward`, recomputed from `x` a few samples at a time.
+
+    Shape: grads and stats `5 b d`, where `2 b d`; -> those of x, weights, biases and, None without a squeeze, its two.
+    """
+    d, n, dx = weights[0].shape[0], x.shape[2], torch.empty_like(x)
+    g1, g2, g3, g4, gl = grads.float().contiguous()
+    pulls = [Pull(g1 / n), Pull(None, g2[:, None], where[0][:, None]), Pull(g3 / n), Pull(gl / n)]
+    at_top = g4 * stats[3] * (1 - stats[3])
+    weights_, biases_ = [w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases]
+
+    def samples(s: slice) -> list[Tensor]:
+        z = squeezed_map(x[s], squeeze_weight, squeeze_bias)
+        q4 = new_map(z, d, unbounded(x)).zero_().scatter_(2, where[1, s, :, None].long(), at_top[s, :, None].to(unbounded(x)))
+        dz = dx[s] if squeeze_weight is None else new_map(z, d, unbounded(x))
+        dw, db = layerwise_core(z, weights_, biases_, [pull.of(s) for pull in pulls], q4, dz)
+        through = [] if squeeze_weight is None else squeeze_back(dz, x[s], squeeze_weight, dx[s])
+        return [*dw, *db, *through]
+
+    gradients = summed(samples(s) for s in sample_chunks(x, d))
+    dw, db, squeeze = gradients[:5], [*gradients[5:8], at_top.sum(0), gradients[8]], gradients[9:] or [None, None]
+    return dx, cast_like(dw, weights), cast_like(db, biases), *cast_like(squeeze, [squeeze_weight, squeeze_bias])

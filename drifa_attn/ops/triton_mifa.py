@@ -7,12 +7,28 @@ Differs: the gradient of an extremum goes to the first of tied positions alone, 
 import torch
 import triton
 import triton.language as tl
+from einops import rearrange
 from torch import Tensor
 
 from drifa_attn.ops import launch as config
 from drifa_attn.ops.launch import supports as supports
 from drifa_attn.ops.triton_common import Pools, finish, higher, launch, partials, peak, precision, product, sigmoid
-from drifa_attn.ops.triton_products import squeezed_map
+from drifa_attn.ops.triton_products import (
+    MEAN,
+    Pull,
+    Slot,
+    back,
+    bias_sums,
+    cast_like,
+    layer,
+    new_map,
+    sample_chunks,
+    squeeze_back,
+    squeezed_map,
+    summed,
+    unbounded,
+    weight_gradient,
+)
 
 # min z, mean z, max z, min t, mean t, max t
 POOLS = Pools(stats=6, peaks=0b101101, negated=0b001001, sigmoids=0b101000)
@@ -155,3 +171,45 @@ def mifa_forward(
         num_stages=tile.stages,
     )
     return finish(x, POOLS, parts, spots, d)
+
+
+def mifa_backward(
+    grads: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    present: Tensor | None,
+    stats: Tensor,
+    where: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of `mifa_forward`, recomputed from `x` a few samples at a time.
+
+    Shape: grads and stats `6 b d`, where `4 b d`; -> those of x, weight, bias and, None without a squeeze, its two.
+    """
+    dx = torch.empty_like(x)
+    n, squeezed = x.shape[2], squeeze_weight is not None
+    weight_, bias_ = weight.to(x.dtype).contiguous(), bias.float()
+    low_z, mean_z, top_z, low_t, mean_t, top_t = grads.float().contiguous()
+    in_z = Pull(mean_z / n, torch.stack([low_z, top_z], 1), torch.stack([where[0], where[1]], 1))
+    in_t = Pull(mean_t / n, torch.stack([low_t, top_t], 1), torch.stack([where[2], where[3]], 1))
+
+    def samples(s: slice) -> list[Tensor]:
+        has = None if present is None else rearrange(present[s], "b -> b 1 1")
+        part = x[s] if has is None else torch.where(has, x[s], 0)
+        z = squeezed_map(part, squeeze_weight, squeeze_bias)
+        q, sums = new_map(z, weight.shape[0], unbounded(x)), bias_sums(z, weight.shape[0])
+        layer(z, weight_, bias_, slot=Slot(MEAN, sums, sums), out=q, pull=in_t.of(s))
+        dz = new_map(z, weight.shape[0], unbounded(x)) if squeezed else dx[s]
+        back([(weight_, q)], dz, pull=in_z.of(s))
+        gradients = [weight_gradient(q, z), sums.sum((0, 1, 2))]
+        if squeeze_weight is not None:
+            gradients += squeeze_back(dz, part, squeeze_weight, dx[s])
+        if has is not None:
+            dx[s].masked_fill_(~has, 0)
+        return gradients
+
+    dw, db, *rest = summed(samples(s) for s in sample_chunks(x, weight.shape[0]))
+    dsw, dsb = rest or (None, None)
+    return dx, *cast_like((dw, db, dsw, dsb), (weight, bias, squeeze_weight, squeeze_bias))

@@ -4,12 +4,14 @@ Maps are `b c n` views of `b n c` memory, in the dtype of `x`; a squeezed map, w
 is float16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from einops import rearrange
 from torch import Tensor
 
 from drifa_attn.ops import launch as config
@@ -44,6 +46,7 @@ def layer_kernel(
     SPOT: tl.constexpr,
     POOL: tl.constexpr,
     ACTIVE: tl.constexpr,
+    SLOPE: tl.constexpr,
     PULLS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -53,8 +56,7 @@ def layer_kernel(
     """`z = W x + bias` (c -> d) for a block of channels and positions of one sample, `h = σ(z)`, and of these what is asked.
 
     POOL: the sum of h, or the maximum of z and its position, to its slot of `parts` and `spots`. `out`: h (z, unless
-    ACTIVE); `out_sum`: h + other. With `gradient` (`b d`, and PULLS more at positions), that of h: `out` is then the
-    gradient of z, `gradient · h(1 − h)`, and the sum in the slot is its. A sample not `present` is zeros and is not read.
+    ACTIVE); `out_sum`: h + other. SLOPE: instead of h the gradient of z, `pull · h(1 − h)`, see `pull`. A sample not `present` is zeros and is not read.
     """
     blocks = tl.cdiv(d, ROWS)
     tiles = tl.cdiv(n, POSITIONS)
@@ -76,9 +78,8 @@ def layer_kernel(
     h = z
     if ACTIVE:
         h = sigmoid(z)
-    if gradient is not None:
-        pulled = tl.load(gradient + b * d + row, mask=inside, other=0.0)[:, None] + tl.zeros_like(z)
-        h = pull(pulled, vectors + b * PULLS * d, positions + b * PULLS * d, p, PULLS, d, row, inside) * h * (1.0 - h)
+    if SLOPE:
+        h = pull(tl.zeros_like(z), gradient, vectors, positions, b, p, PULLS, d, row) * h * (1.0 - h)
     slot = b * tiles + tile
     if POOL == 1:
         tl.store(parts + (slot * STATS + STAT) * d + row, tl.sum(tl.where(ok, h, 0.0), 1), mask=inside)
@@ -119,7 +120,7 @@ def back_kernel(
     POSITIONS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """`d = Wᵀ q [+ W2ᵀ q2] + gradient + maxima's gradients` (d -> c), and with `h` the gradient before σ, `d · h(1 − h)`.
+    """`Wᵀ q [+ W2ᵀ q2] + pull` (d -> c), and with `h`, whose gradient this is, that before σ: times `h(1 − h)`.
 
     Its sum over the tile goes to `parts` (`b tiles c`): a bias's gradient.
     """
@@ -142,9 +143,7 @@ def back_kernel(
             w = tl.load(weight2 + k[None, :] * c + row[:, None], mask=inside[:, None] & (k < d)[None, :], other=0.0)
             a = tl.load(q2 + b * n * d + p[None, :] * d + k[:, None], mask=(k < d)[:, None] & ok, other=0.0)
             total = product(w, a, total, PRECISION)
-    if gradient is not None:
-        total += tl.load(gradient + b * c + row, mask=inside, other=0.0)[:, None]
-        total = pull(total, vectors + b * PULLS * c, positions + b * PULLS * c, p, PULLS, c, row, inside)
+    total = pull(total, gradient, vectors, positions, b, p, PULLS, c, row)
     mask = inside[:, None] & ok
     if h is not None:
         slope = tl.load(h + b * n * c + p[None, :] * c + row[:, None], mask=mask, other=0.0).to(tl.float32)
@@ -172,7 +171,7 @@ def tiles_of(x: Tensor) -> int:
 class Pull(NamedTuple):
     """What reaches a map from its pooled vectors: a gradient at every position, `b d`, and at `k` positions more, `b k d`."""
 
-    everywhere: Tensor
+    everywhere: Tensor | None = None
     vectors: Tensor | None = None
     positions: Tensor | None = None
 
@@ -181,8 +180,9 @@ class Pull(NamedTuple):
         count = 0 if self.vectors is None else self.vectors.shape[1]
         return {"gradient": self.everywhere, "vectors": self.vectors, "positions": self.positions, "PULLS": count}
 
-
-NO_PULL: dict[str, Any] = {"gradient": None, "vectors": None, "positions": None, "PULLS": 0}
+    def of(self, samples: slice) -> "Pull":
+        """What reaches these samples."""
+        return Pull(*(None if t is None else t[samples] for t in self))
 
 
 class Slot(NamedTuple):
@@ -191,7 +191,7 @@ class Slot(NamedTuple):
     pool: int
     parts: Tensor
     spots: Tensor
-    stat: int
+    stat: int = 0
     spot: int = 0
 
 
@@ -220,7 +220,7 @@ def layer(
         bias=bias,
         present=present,
         other=other,
-        **(NO_PULL if pull is None else pull.arguments()),
+        **(pull or Pull()).arguments(),
         out=out,
         out_sum=out_sum,
         parts=None if slot is None else slot.parts,
@@ -237,6 +237,7 @@ def layer(
         SPOT=0 if slot is None else slot.spot,
         POOL=0 if slot is None else slot.pool,
         ACTIVE=active,
+        SLOPE=pull is not None,
         PRECISION=precision(),
         ROWS=chosen.rows,
         POSITIONS=positions,
@@ -248,15 +249,12 @@ def layer(
 
 def back(
     pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, *, pull: Pull | None = None, h: Tensor | None = None
-) -> Tensor:
-    """The gradient that one or two layers (weight `d c`, map q) pass down to `out`: see `back_kernel`.
-
-    With `h`, also the bias's gradient, `c`.
-    """
-    (weight, q), (weight2, q2) = (*pairs, (None, None))[:2]
+) -> Tensor | None:
+    """The gradient one or two layers (weight `d c`, map q) pass down to `out`, see `back_kernel`; with `h`, a bias's too."""
+    (weight, q), (weight2, q2) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
     (b, d, n), c = q.shape, weight.shape[1]
     chosen, positions = config.product(q, c), config.positions(n)
-    parts = out.new_empty(b, tiles_of(q), c, dtype=torch.float32) if h is not None else None
+    parts = None if h is None else bias_sums(q, c)
     launch(
         back_kernel,
         b * triton.cdiv(n, positions) * triton.cdiv(c, chosen.rows),
@@ -266,7 +264,7 @@ def back(
         weight2=weight2,
         q2=q2,
         h=h,
-        **(NO_PULL if pull is None else pull.arguments()),
+        **(pull or Pull()).arguments(),
         out=out,
         parts=parts,
         n=n,
@@ -282,7 +280,7 @@ def back(
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    return None if parts is None else parts.sum((0, 1))
+    return None if parts is None else parts.sum((0, 1, 2))
 
 
 def squeezed_map(
@@ -294,3 +292,36 @@ def squeezed_map(
     z = new_map(x, squeeze_weight.shape[0], unbounded(x))
     layer(x, squeeze_weight.to(x.dtype).contiguous(), squeeze_bias.float(), present=present, out=z, active=False)
     return z
+
+
+def bias_sums(x: Tensor, width: int) -> Tensor:
+    """Where the tiles of a map leave its sums: `b tiles 1 width`."""
+    return x.new_empty(x.shape[0], tiles_of(x), 1, width, dtype=torch.float32)
+
+
+def weight_gradient(q: Tensor, a: Tensor) -> Tensor:
+    """`Σ q ⊗ a` over samples and positions, in float32: `b d n`, `b c n` -> `d c`."""
+    q, a = rearrange(q, "b d n -> (b n) d"), rearrange(a, "b c n -> (b n) c")
+    return (q.mT @ a.to(q.dtype)).float()
+
+
+def sample_chunks(x: Tensor, width: int) -> Iterator[slice]:
+    """The batch in slices whose maps of `width` channels are at most 32 MiB each, so that they stay in the cache."""
+    step = max(1, 2**25 // (x.shape[2] * width * x.element_size()))
+    return (slice(first, first + step) for first in range(0, x.shape[0], step))
+
+
+def squeeze_back(dz: Tensor, x: Tensor, squeeze_weight: Tensor, dx: Tensor) -> list[Tensor]:
+    """Through `z = lin(squeeze, x)`: its input's gradient to `dx`, its weight's and its bias's."""
+    back([(squeeze_weight.to(x.dtype).contiguous(), dz)], dx)
+    return [weight_gradient(dz, x), dz.sum((0, 2), dtype=torch.float32)]
+
+
+def summed(gradients: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Lists of tensors, added entry by entry, in their order."""
+    return reduce(lambda total, more: [t + m for t, m in zip(total, more, strict=True)], gradients)
+
+
+def cast_like(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each gradient in the dtype of its tensor; None where there is none."""
+    return [None if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
