@@ -1,23 +1,250 @@
 """Compile every launch configuration of the Triton kernels ahead of time, without a GPU, and read the machine code.
 
-`python -m benchmarks.kernels` prints a table and writes it to `benchmarks/kernels.md`. The launches are those the ops make:
-they run on meta tensors, and what they would have launched is compiled for each compute capability instead.
+`python -m benchmarks.kernels` prints a table and writes it to `benchmarks/kernels.md`. The launches are the ops' own: they run
+on meta tensors, and what they would have launched is compiled for each compute capability instead.
 """
 
 import argparse
-import contextlib
 import datetime
+import importlib
+import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
-if __name__ == "__main__" or True:
-    pass
+from drifa_attn.ops import launch as config
+
+MODULES = ["triton_common", "triton_products", "triton_mfa", "triton_mfa_back", "triton_mifa", "triton_gate"]
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may use
+POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.bool: "i1"}
+FORWARD = ("chain_kernel", "layer_kernel", "pools_kernel", "gate_kernel", "finish_kernel")
+
+
+class Launch(NamedTuple):
+    """One kernel as an op would launch it: all its compiler sees, in types that travel between processes."""
+
+    module: str
+    kernel: str
+    label: str
+    capability: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+class Code(NamedTuple):
+    """What the compiler made of a launch."""
+
+    launch: Launch
+    registers: int
+    spills: int  # instructions that load from or store to local memory
+    stack: int  # bytes a thread
+    shared: int  # bytes a program
+    tensor_cores: str
+
+
+def described(kernel: Any, arguments: dict[str, Any], label: str, capability: int) -> Launch:
+    """What Triton's launcher would specialise on: dtypes, ones, multiples of 16 and constants."""
+    signature, constants, aligned = [], [], []
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        kind = "i32"
+        if isinstance(value, torch.Tensor):
+            kind = "*" + POINTERS[value.dtype]
+            aligned.append(place)
+        elif parameter.is_constexpr or value is None or value == 1:
+            kind = "constexpr"
+            constants.append((place, value))
+        elif value % 16 == 0:
+            aligned.append(place)
+        signature.append((parameter.name, kind))
+    options = tuple((name, arguments[name]) for name in ("num_warps", "num_stages") if name in arguments)
+    module = kernel.fn.__module__.rpartition(".")[2]
+    return Launch(module, kernel.fn.__name__, label, capability, tuple(signature), tuple(constants), tuple(aligned), options)
+
+
+def recorded(op: Any, label: str, capability: int) -> list[Launch]:
+    """The launches `op` makes on a device of this compute capability."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, programs: int, device_of: torch.Tensor, **arguments: Any) -> None:
+        launches.append(described(kernel, arguments, label, capability))
+
+    with ExitStack() as patches:
+        for module in MODULES:
+            patches.enter_context(patch(f"drifa_attn.ops.{module}.launch", record))
+        patches.enter_context(patch("drifa_attn.ops.launch.capability", lambda x: capability))
+        op()
+    return launches
+
+
+def features(c: int, n: int, layout: str, dtype: torch.dtype, b: int = 8) -> torch.Tensor:
+    """`b c n` without values, in the memory of a contiguous (nchw) or channels-last (nhwc) map."""
+    x = torch.empty(b, n, c, dtype=dtype, device="meta").mT
+    return x if layout == "nhwc" else x.contiguous()
+
+
+def weights(d: int, c: int) -> tuple[Any, ...]:
+    """Five weights and biases of width d, and a squeeze from c unless c is d."""
+    square, vector = torch.empty(d, d, device="meta"), torch.empty(d, device="meta")
+    squeeze = (None, None) if c == d else (torch.empty(d, c, device="meta"), vector)
+    return [square] * 5, [vector] * 5, *squeeze
+
+
+def mfa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
+    """MFA's statistics and their gradient."""
+    ops = importlib.import_module("drifa_attn.ops.triton_mfa")
+    x, given = features(c, n, layout, dtype), weights(d, c)
+    stats, where = ops.mfa_forward(x, *given)
+    ops.mfa_backward(stats, x, *given, stats, where)
+
+
+def mifa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
+    """MIFA's statistics of a modality some samples lack, and their gradient."""
+    ops = importlib.import_module("drifa_attn.ops.triton_mifa")
+    x, ([weight, *_], [bias, *_], *squeeze) = features(c, n, layout, dtype), weights(d, c)
+    present = torch.empty(x.shape[0], dtype=torch.bool, device="meta")
+    stats, where = ops.mifa_forward(x, weight, bias, *squeeze, present)
+    ops.mifa_backward(stats, x, weight, bias, *squeeze, present, stats, where)
+
+
+def gate(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
+    """The gate and its gradients."""
+    ops = importlib.import_module("drifa_attn.ops.triton_gate")
+    x = features(c, n, layout, dtype)
+    ops.gate_forward(x, torch.empty(x.shape[:2], device="meta"))
+    ops.gate_backward(x, x, torch.empty(x.shape[:2], device="meta"))
+
+
+def cases() -> Iterable[tuple[Any, tuple[Any, ...], str]]:
+    """Every op at every width that has a configuration of its own, in both layouts and all dtypes, aligned and not."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for layout in ("nchw", "nhwc"):
+            for n in (784, 49) if dtype == torch.bfloat16 else (784,):
+                for c, d in ((16, 16), (32, 32), (64, 64), (128, 128), (512, 512), (256, 32), (256, 64), (2048, 128)):
+                    name = str(dtype).removeprefix("torch.")
+                    label = f"{c}{'' if c == d else f'->{d}'} @ {n} {layout} {name}"
+                    for op in (mfa, mifa, gate):
+                        yield op, (c, d, n, layout, dtype), f"{op.__name__} {label}"
+
+
+def launches(capabilities: Iterable[int], only: str = "") -> list[Launch]:
+    """The distinct launches of all cases whose label contains `only`; a launch keeps the label it was first seen under."""
+    distinct: dict[Any, Launch] = {}
+    for capability in capabilities:
+        for op, arguments, label in cases():
+            if only in label:
+                for launch in recorded(lambda op=op, arguments=arguments: op(*arguments), label, capability):
+                    distinct.setdefault(launch._replace(label=""), launch)
+    return list(distinct.values())
+
+
+def compiled(launch: Launch) -> Code:
+    """Compile one launch and disassemble it, with the tools of the triton wheel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"drifa_attn.ops.{launch.module}"), launch.kernel)
+    constants = {(place,): value for place, value in launch.constants}
+    attributes = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
+    source = ASTSource(kernel, dict(launch.signature), constants, attributes)
+    options = {**dict(launch.options), "enable_fp_fusion": True}
+    result = triton.compile(source, target=GPUTarget("cuda", launch.capability, 32), options=options)
+    usage, code = disassembled(result.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    counts = Counter(re.findall(r"\b(LDL|STL|HGMMA|HMMA|UTCHMMA|UTCQMMA)\b", code))
+    tensor_cores = " ".join(f"{name} {counts[name]}" for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA") if counts[name])
+    return Code(
+        launch, used["REG"], counts["LDL"] + counts["STL"], used["STACK"], result.metadata.shared, tensor_cores or "none"
+    )
+
+
+def disassembled(cubin: bytes, tools: Path) -> tuple[str, str]:
+    """The resource usage and the machine code of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        commands = ([tools / "cuobjdump", "-res-usage", file], [tools / "nvdisasm", "-c", file])
+        usage, code = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for command in commands)
+    return usage, code
+
+
+def attempt(launch: Launch) -> Code | tuple[Launch, str]:
+    """The code of a launch, or why there is none."""
+    try:
+        return compiled(launch)
+    except Exception as error:  # a configuration that does not compile is a row of the table
+        return launch, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
+def configuration(launch: Launch) -> str:
+    """The launch's tile sizes, warps and stages."""
+    names = {place: name for place, (name, _) in enumerate(launch.signature)}
+    known = {names[place]: value for place, value in launch.constants}
+    tiles = [f"{name.lower()} {known[name]}" for name in ("D", "ROWS", "POSITIONS", "TILES", "DEPTH") if name in known]
+    return ", ".join([*tiles, *(f"{name.removeprefix('num_')} {value}" for name, value in launch.options)])
+
+
+def table(results: Iterable[Code | tuple[Launch, str]]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| kernel | launched by | configuration | capability | registers | spill instructions | stack B | shared B | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        launch = result[0]
+        known = f"| {launch.kernel} | {launch.label} | {configuration(launch)} | {launch.capability / 10} |"
+        if isinstance(result, Code):
+            code = result
+            lines.append(f"{known} {code.registers} | {code.spills} | {code.stack} | {code.shared} | {code.tensor_cores} |")
+        else:
+            lines.append(f"{known} {result[1]} | | | | |")
+    return "\n".join(lines)
+
+
+def report(results: list[Code | tuple[Launch, str]]) -> str:
+    """The file `benchmarks/kernels.md`."""
+    triton = importlib.import_module("triton")
+    codes = [result for result in results if isinstance(result, Code)]
+    forward = [code for code in codes if code.launch.kernel in FORWARD]
+    spilling = [code for code in codes if code.spills or code.stack]
+    return f"""# The Triton kernels, compiled
+
+Written by `python -m benchmarks.kernels` on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} with torch {torch.__version__}, triton {triton.__version__}; no GPU took part, and none
+of this is a timing. {len(results)} launches, {len(results) - len(codes)} failures to compile. Of {len(forward)} forward launches {sum(code in forward for code in spilling)} spill or use a stack, of the other
+{len(codes) - len(forward)} {sum(code not in forward for code in spilling)}. The largest shared memory is {max(code.shared for code in codes)} bytes. A launch is listed under the first op that makes it.
+
+{table(results)}
+"""
+
+
+def main() -> None:
+    """Compile, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for 8.0 (default: 80 90 100)")
+    parser.add_argument("--only", default="", help="compile launches of ops whose label contains this, write no file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    chosen = launches(options.capability, options.only)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(attempt, chosen))
+    print(table(results) if options.only else report(results))
+    if not options.only:
+        Path(__file__).with_suffix(".md").write_text(report(results))
+
+
+if __name__ == "__main__":
+    main()

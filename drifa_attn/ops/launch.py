@@ -14,7 +14,6 @@ from torch import Tensor
 
 MINIMUM_TRITON = (3, 8)  # what the kernels were interpreted and compiled with
 WIDEST_CHAIN = 128  # beyond it the weights of one chain no longer fit beside its maps
-WIDEST_FUSED_BACKWARD = 64  # beyond it the weight gradients no longer fit in registers
 WIDEST = 4096  # what was compiled; nothing in the layer-wise kernels depends on it
 
 
@@ -131,11 +130,13 @@ CHAIN = {
         (128, 4): Chain(16, 2, 8),
     },
 }
-# padded width -> configuration
-FUSED_BACKWARD = {
-    90: {(16, 2): Chain(64, 8, 4), (32, 2): Chain(64, 8, 4), (64, 2): Chain(32, 8, 4)},
-    80: {(16, 2): Chain(64, 8, 4), (32, 2): Chain(32, 8, 4), (64, 2): Chain(16, 8, 8)},
+# Padded width -> configuration, for gradients multiplied in 2 bytes; in 4, and at 64 on 8.0, spills are heavy. At 64 on 9.0
+# some remain: smaller tiles would spill less, but read all weights more often.
+CHAIN_BACK = {
+    90: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8), 64: Chain(32, 1, 4)},
+    80: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8)},
 }
+PROGRAMS = 264  # that the chain's backward is cut into: two a multiprocessor of an H100, one number so that sums never differ
 # bytes of an operand -> configuration
 PRODUCT = {
     90: {2: Product(128, 64, 8, 3), 4: Product(128, 32, 8, 3)},
@@ -196,6 +197,12 @@ def fitted(chosen: Chain, n: int) -> Chain:
 def chain(x: Tensor, padded: int) -> Chain:
     """The configuration of the chain over `x` at a padded width."""
     return fitted(row(CHAIN, x)[padded, x.element_size()], x.shape[2])
+
+
+def chain_back(x: Tensor, padded: int) -> Chain | None:
+    """The configuration of the chain's backward over `x`; None where layer by layer is the way."""
+    chosen = row(CHAIN_BACK, x).get(padded) if x.dtype == torch.bfloat16 or interpreting() else None
+    return None if chosen is None else fitted(chosen, x.shape[2])
 
 
 def pools(x: Tensor, width: int) -> Chain:

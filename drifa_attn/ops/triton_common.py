@@ -3,14 +3,16 @@
 Importing this file imports triton, which decides here, once, between its compiler and its interpreter.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from drifa_attn.ops.launch import interpreting
+from .launch import interpreting
 
 INTERPRET = tl.constexpr(interpreting())
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -23,6 +25,18 @@ def launch(kernel: Any, programs: int, device_of: Tensor, **arguments: Any) -> N
     """
     with torch.cuda.device_of(device_of):
         kernel[(programs,)](**arguments, enable_fp_fusion=True)
+
+
+def strides(name: str, t: Tensor) -> dict[str, int]:
+    """The strides of `t` as kernel arguments."""
+    return {f"{name}_{axis}": stride for axis, stride in zip("bcn", t.stride(), strict=True)}
+
+
+def packed(weights: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+    """Equal weights or biases in one zero-padded tensor: `l d [d] -> l width [width]`."""
+    stacked = torch.stack(list(weights)).to(dtype)
+    padding = [0, width - stacked.shape[1]] * (stacked.ndim - 1)
+    return F.pad(stacked, padding) if any(padding) else stacked
 
 
 def precision() -> str:

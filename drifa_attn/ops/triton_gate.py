@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drifa_attn.ops import launch as config
-from drifa_attn.ops.launch import supports_gate as supports_gate
-from drifa_attn.ops.triton_common import launch, rounded
+from . import launch as config
+from .launch import supports_gate as supports_gate
+from .triton_common import launch, rounded, strides
 
 
 @triton.jit
@@ -81,11 +81,6 @@ def gate_back_kernel(
         g = tl.where(gated, g * m[:, None], g)
         tl.store(dx + b * dx_b + row[:, None] * dx_c + p[None, :] * dx_n, rounded(g, dx.dtype.element_ty), mask=mask)
     tl.store(parts + (b * chunks + chunk) * c + row, tl.sum(total, 1), mask=row < c)
-
-
-def strides(name: str, t: Tensor) -> dict[str, int]:
-    """The strides of `t` as kernel arguments."""
-    return {f"{name}_{axis}": stride for axis, stride in zip("bcn", t.stride(), strict=True)}
 
 
 def gate_forward(x: Tensor, factor: Tensor, prefix: int = 0) -> Tensor:

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drifa_attn.ops import launch as config
-from drifa_attn.ops.launch import supports as supports
-from drifa_attn.ops.triton_common import Pools, finish, higher, launch, partials, peak, precision, product, rounded, sigmoid
-from drifa_attn.ops.triton_products import (
+from . import launch as config
+from .launch import supports as supports
+from .triton_common import Pools, finish, higher, launch, packed, partials, peak, precision, product, rounded, sigmoid
+from .triton_mfa_back import chain_backward
+from .triton_products import (
     MAX,
     MEAN,
     Pull,
@@ -130,13 +131,6 @@ def chain_kernel(
     tl.store(spots + (slot * 2 + 1) * D + row, at4)
 
 
-def packed(weights: Weights, width: int, dtype: torch.dtype) -> Tensor:
-    """Equal weights or biases in one zero-padded tensor: `l d [d] -> l width [width]`."""
-    stacked = torch.stack([*weights]).to(dtype)
-    padding = [0, width - stacked.shape[1]] * (stacked.ndim - 1)
-    return F.pad(stacked, padding) if any(padding) else stacked
-
-
 def chain_forward(
     x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -210,28 +204,30 @@ def mfa_forward(
 
 
 def layerwise_core(
-    z: Tensor, weights: Weights, biases: Weights, pulls: Sequence[Pull], q4: Tensor, dz: Tensor
+    z: Tensor, weights: Weights, biases: Weights, grads: Sequence[Tensor], where: Tensor, dz: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Recompute the maps of a few samples, write the gradient of `z` to `dz`; the weights' and the biases' but db4.
+    """Write the gradient of `z` to `dz`; those of the five weights and biases, in float32: one product after the other.
 
-    pulls: of h1, h2, h3 and t; q4: the gradient before σ of h4, which is zero but at the maxima.
+    grads: what reaches h1, h3 and t at every position, h2 at its maximum, h4 at its maximum and before σ; `b d` each.
     """
     d = weights[0].shape[0]
     conv1, conv2, conv3, conv4, local = weights
     bias1, bias2, bias3, _, bias_local = biases
+    g1, g2, g3, g4, gl = grads
     h1, h2, h12, h3 = (new_map(z, d, conv1.dtype) for _ in range(4))
-    q1, q2, q3, ql = (new_map(z, d, q4.dtype) for _ in range(4))
+    q1, q2, q3, ql = (new_map(z, d, unbounded(z)) for _ in range(4))
+    q4 = new_map(z, d, unbounded(z)).zero_().scatter_(2, where[1][..., None].long(), g4[..., None].to(unbounded(z)))
     layer(z, conv1, bias1, out=h1)
     layer(h1, conv2, bias2, out=h2, out_sum=h12, other=h1)
     layer(h12, conv3, bias3, out=h3)
     sums = bias_sums(z, d)
-    layer(z, local, bias_local, slot=Slot(MEAN, sums, sums), out=ql, pull=pulls[3])
-    db3 = back([(conv4, q4)], q3, pull=pulls[2], h=h3)
-    db2 = back([(conv3, q3)], q2, pull=pulls[1], h=h2)
-    db1 = back([(conv2, q2), (conv3, q3)], q1, pull=pulls[0], h=h1)
+    layer(z, local, bias_local, slot=Slot(MEAN, sums, sums), out=ql, pull=Pull(gl))
+    db3 = back([(conv4, q4)], q3, pull=Pull(g3), h=h3)
+    db2 = back([(conv3, q3)], q2, pull=Pull(None, g2[:, None], where[0][:, None]), h=h2)
+    db1 = back([(conv2, q2), (conv3, q3)], q1, pull=Pull(g1), h=h1)
     back([(conv1, q1), (local, ql)], dz)
     pairs = ((q1, z), (q2, h1), (q3, h12), (q4, h3), (ql, z))
-    return [weight_gradient(q, a) for q, a in pairs], [db1, db2, db3, sums.sum((0, 1, 2))]
+    return [weight_gradient(q, a) for q, a in pairs], [db1, db2, db3, g4.sum(0), sums.sum((0, 1, 2))]
 
 
 def mfa_backward(
@@ -250,18 +246,20 @@ def mfa_backward(
     """
     d, n, dx = weights[0].shape[0], x.shape[2], torch.empty_like(x)
     g1, g2, g3, g4, gl = grads.float().contiguous()
-    pulls = [Pull(g1 / n), Pull(None, g2[:, None], where[0][:, None]), Pull(g3 / n), Pull(gl / n)]
-    at_top = g4 * stats[3] * (1 - stats[3])
+    reaching = torch.stack([g1 / n, g2, g3 / n, g4 * stats[3] * (1 - stats[3]), gl / n])
     weights_, biases_ = [w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases]
+    fused = config.chain_back(x, config.power_of_two(d)) is not None
+    core = chain_backward if fused else layerwise_core
 
     def samples(s: slice) -> list[Tensor]:
         z = squeezed_map(x[s], squeeze_weight, squeeze_bias)
-        q4 = new_map(z, d, unbounded(x)).zero_().scatter_(2, where[1, s, :, None].long(), at_top[s, :, None].to(unbounded(x)))
         dz = dx[s] if squeeze_weight is None else new_map(z, d, unbounded(x))
-        dw, db = layerwise_core(z, weights_, biases_, [pull.of(s) for pull in pulls], q4, dz)
+        dw, db = core(z, weights_, biases_, reaching[:, s], where[:, s], dz)
         through = [] if squeeze_weight is None else squeeze_back(dz, x[s], squeeze_weight, dx[s])
         return [*dw, *db, *through]
 
-    gradients = summed(samples(s) for s in sample_chunks(x, d))
-    dw, db, squeeze = gradients[:5], [*gradients[5:8], at_top.sum(0), gradients[8]], gradients[9:] or [None, None]
-    return dx, cast_like(dw, weights), cast_like(db, biases), *cast_like(squeeze, [squeeze_weight, squeeze_bias])
+    # without a squeeze the fused core writes no map of its own, so that the batch need not be cut
+    parts = [slice(None)] if fused and squeeze_weight is None else sample_chunks(x, d)
+    gradients = summed(samples(s) for s in parts)
+    dsw, dsb = cast_like(gradients[10:] or [None, None], [squeeze_weight, squeeze_bias])
+    return dx, cast_like(gradients[:5], weights), cast_like(gradients[5:10], biases), dsw, dsb

@@ -10,10 +10,10 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from drifa_attn.ops import launch as config
-from drifa_attn.ops.launch import supports as supports
-from drifa_attn.ops.triton_common import Pools, finish, higher, launch, partials, peak, precision, product, sigmoid
-from drifa_attn.ops.triton_products import (
+from . import launch as config
+from .launch import supports as supports
+from .triton_common import Pools, finish, higher, launch, partials, peak, precision, product, sigmoid
+from .triton_products import (
     MEAN,
     Pull,
     Slot,

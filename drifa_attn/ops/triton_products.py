@@ -14,8 +14,8 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from drifa_attn.ops import launch as config
-from drifa_attn.ops.triton_common import launch, peak, precision, product, pull, rounded, sigmoid
+from . import launch as config
+from .triton_common import launch, peak, precision, product, pull, rounded, sigmoid
 
 MEAN, MAX = 1, 2  # what `layer` pools
 

@@ -1,0 +1,1 @@
+"""What drifa_attn costs, measured: see `benchmarks/README.md`."""
