@@ -1,0 +1,190 @@
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests._compare import assert_same_bits
+from tests.ops._fused import (
+    DEVICE,
+    DTYPES,
+    INTERPRETING,
+    Problem,
+    assert_no_worse,
+    at,
+    flat,
+    gradients,
+    interpret,
+    lin,
+    on_kernels,
+    outside,
+    problems,
+)
+
+pytest.importorskip("triton")
+from drifa_attn.ops import triton_mfa  # noqa: E402  (imports triton, which may be missing)
+
+FORWARDS = {"chain": triton_mfa.mfa_forward, "layer-wise": triton_mfa.layerwise_forward}
+
+
+def maps(x, weights, biases, squeeze_weight, squeeze_bias):
+    """h1, z2, h2, h3, z4, h4 and t of SPEC's equations."""
+    z = x if squeeze_weight is None else lin(squeeze_weight, squeeze_bias, x)
+    conv1, conv2, conv3, conv4, local = zip(weights, biases, strict=True)
+    h1 = lin(*conv1, z).sigmoid()
+    z2 = lin(*conv2, h1)
+    h3 = lin(*conv3, h1 + z2.sigmoid()).sigmoid()
+    z4 = lin(*conv4, h3)
+    return h1, z2, h3, z4, lin(*local, z).sigmoid()
+
+
+def equations(where):
+    """The five statistics, the maxima read where the kernel found them."""
+
+    def stats(*inputs):
+        h1, z2, h3, z4, t = maps(*inputs)
+        wide = torch.promote_types(h1.dtype, torch.float32)
+        vectors = (h1.mean(2), at(z2, where[0]).sigmoid(), h3.mean(2), at(z4, where[1]).sigmoid(), t.mean(2))
+        return torch.stack([vector.to(wide) for vector in vectors])
+
+    return stats
+
+
+def as_float64(inputs):
+    return [[one.double() for one in t] if isinstance(t, list) else t if t is None else t.double() for t in inputs]
+
+
+def check_forward(problem, forward):
+    inputs = problem.tensors()
+    assert triton_mfa.supports(inputs[0], problem.width) is None
+    stats, where = forward(*inputs)
+    assert stats.shape == (5, problem.b, problem.width)
+    assert (stats.dtype, where.dtype) == (torch.float32, torch.int32)
+    h1, z2, h3, z4, t = maps(*as_float64(inputs))
+    exact = torch.stack([h1.mean(2), z2.amax(2).sigmoid(), h3.mean(2), z4.amax(2).sigmoid(), t.mean(2)])
+    eager, _ = gradients(equations(where), inputs, stats, problem.dtype)
+    assert_no_worse(stats, eager, exact, problem.dtype, 2, "stats")
+    found = torch.stack([at(z2, where[0]).sigmoid(), at(z4, where[1]).sigmoid()])
+    assert_no_worse(found, eager[1::2], exact[1::2], problem.dtype, 4, "where")
+
+
+def check_backward(problem):
+    inputs = problem.tensors()
+    stats, where = triton_mfa.mfa_forward(*inputs)
+    grads = problem.numbers(*stats.shape)
+    results = triton_mfa.mfa_backward(grads, *inputs, stats, where)
+    assert results[0].dtype == problem.dtype
+    assert results[0].stride() == torch.empty_like(inputs[0]).stride()
+    _, exact = gradients(equations(where), inputs, grads, torch.float64)
+    _, eager = gradients(equations(where), inputs, grads, problem.dtype)
+    for place, values in enumerate(zip(flat(results), eager, exact, strict=True)):
+        assert_no_worse(*values, problem.dtype, 3, f"gradient {place}")
+
+
+@outside
+def test_everything_passes_in_the_interpreter():
+    interpret(__file__)
+
+
+@on_kernels
+@pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
+@settings(max_examples=12)
+@given(problem=problems())
+def test_forward_errs_at_most_twice_as_much_as_eager(forward, problem):
+    check_forward(problem, forward)
+
+
+@on_kernels
+@settings(max_examples=15)
+@given(problem=problems())
+def test_backward_errs_at_most_three_times_as_much_as_eager(problem):
+    check_backward(problem)
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("c", "d"), [(64, None), (64, 32), (144, None), (144, 130)])
+def test_widths_of_every_path(c, d, dtype):
+    problem = Problem(2, c, 130, d, "nhwc", dtype, 1)
+    check_forward(problem, triton_mfa.mfa_forward)
+    check_backward(problem)
+
+
+@on_kernels
+@pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
+def test_first_of_tied_positions_wins(forward):
+    """A constant map ties everywhere, across tiles and chunks; σ saturates, but the ties are those before it."""
+    x, *given = Problem(2, 32, 700, None, "nchw", torch.bfloat16, 0).tensors()
+    _, where = forward(x[..., :1].expand_as(x), *given)
+    assert not where.any()
+    steep = [50 * weight.abs() for weight in given[0]]
+    x[:] = 0.5
+    x[0, :, 300] = 1
+    stats, where = forward(x, steep, *given[1:])
+    assert (stats[1] == 1).all()
+    assert not where[:, 1].any()
+
+
+@on_kernels
+@pytest.mark.parametrize("width", [64, 144])
+def test_results_are_deterministic_and_do_not_depend_on_the_layout(width):
+    inputs = Problem(3, width, 130, None, "nchw", torch.bfloat16, 2).tensors()
+    stats, where = triton_mfa.mfa_forward(*inputs)
+    first = flat(triton_mfa.mfa_backward(stats, *inputs, stats, where))
+    for x in (inputs[0], inputs[0].mT.contiguous().mT):
+        again = triton_mfa.mfa_forward(x, *inputs[1:])
+        assert_same_bits(again[0], stats)
+        assert torch.equal(again[1], where)
+        for one, other in zip(first, flat(triton_mfa.mfa_backward(stats, x, *inputs[1:], stats, where)), strict=True):
+            assert_same_bits(one.contiguous(), other.contiguous())
+
+
+@on_kernels
+def test_samples_taken_a_few_at_a_time_give_the_same_gradients(monkeypatch):
+    problem = Problem(3, 144, 40, None, "nchw", torch.float16, 3)
+    inputs = problem.tensors()
+    stats, where = triton_mfa.mfa_forward(*inputs)
+    whole = flat(triton_mfa.mfa_backward(stats, *inputs, stats, where))
+    monkeypatch.setattr(triton_mfa, "sample_chunks", lambda x, d: [slice(0, 2), slice(2, 4)])
+    for one, other in zip(whole, flat(triton_mfa.mfa_backward(stats, *inputs, stats, where)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
+
+
+@on_kernels
+def test_float16_holds_a_squeeze_beyond_its_range():
+    x, weights, biases, squeeze, bias = Problem(1, 64, 40, 16, "nhwc", torch.float16, 4).tensors()
+    for forward in FORWARDS.values():
+        stats, _ = forward(100 * x, [1e-4 * weight for weight in weights], biases, 1e3 * squeeze, bias)
+        assert stats.isfinite().all()
+
+
+@on_kernels
+def test_nan_stays_in_its_sample():
+    inputs = Problem(2, 32, 50, None, "nchw", torch.bfloat16, 5).tensors()
+    expected, _ = triton_mfa.mfa_forward(*inputs)
+    inputs[0][0] = torch.nan
+    stats, where = triton_mfa.mfa_forward(*inputs)
+    assert stats[::2, 0].isnan().all()
+    assert_same_bits(stats[:, 1], expected[:, 1])
+    assert where.max() < 50
+
+
+def test_supports_names_its_reasons(monkeypatch):
+    from drifa_attn.ops import launch
+
+    x = torch.zeros(2, 64, 49, device=DEVICE if INTERPRETING else "cpu", dtype=torch.bfloat16)
+    if not INTERPRETING:
+        assert "cpu" in launch.supports(x, 64)
+        return
+    assert launch.supports(x, 64) is None
+    for bad, width, word in (
+        (x.double(), 64, "float64"),
+        (x[..., :1], 64, "n = 1"),
+        (x, 8, "below 16"),
+        (x, 5000, "4096"),
+        (x[:0], 64, "empty"),
+        (x.to("meta"), 64, "meta"),
+        (x.long(), 64, "int64"),
+    ):
+        assert word in launch.supports(bad, width)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "3.1.0")
+    assert "3.1.0" in launch.supports(x, 64)
