@@ -179,7 +179,7 @@ POOLS = {
         (16, 2): Chain(128, 4, 4),
         (32, 2): Chain(64, 4, 4),
         (64, 2): Chain(32, 8, 4),
-        (128, 2): Chain(32, 8, 8, 32, 3),
+        (128, 2): Chain(16, 8, 8, 32, 3),
         (16, 4): Chain(64, 4, 4),
         (32, 4): Chain(64, 4, 4),
         (64, 4): Chain(32, 8, 8),
@@ -194,9 +194,9 @@ def fitted(chosen: Chain, n: int) -> Chain:
     return chosen._replace(positions=tile, tiles=min(chosen.tiles, power_of_two(-(-n // tile), 1)))
 
 
-def chain(x: Tensor, padded: int) -> Chain:
-    """The configuration of the chain over `x` at a padded width."""
-    return fitted(row(CHAIN, x)[padded, x.element_size()], x.shape[2])
+def chain(x: Tensor, padded: int, itemsize: int) -> Chain:
+    """The configuration of the chain over `x` at a padded width, its widest operands of `itemsize` bytes."""
+    return fitted(row(CHAIN, x)[padded, itemsize], x.shape[2])
 
 
 def chain_back(x: Tensor, padded: int) -> Chain | None:

@@ -151,9 +151,15 @@ def finish_kernel(
             chunk = first + tl.arange(0, CHUNKS)
             mask = (chunk < chunks)[None, :] & inside[:, None]
             place = b * chunks + chunk[None, :]
-            values = tl.load(parts + (place * STATS + s) * padded + row[:, None], mask=mask, other=float("-inf") if bit(PEAK_BITS, s) else 0.0)
+            values = tl.load(
+                parts + (place * STATS + s) * padded + row[:, None],
+                mask=mask,
+                other=float("-inf") if bit(PEAK_BITS, s) else 0.0,
+            )
             if bit(PEAK_BITS, s):
-                positions = tl.load(spots + (place * PEAKS + ones_below(PEAK_BITS, s)) * padded + row[:, None], mask=mask, other=NOWHERE)
+                positions = tl.load(
+                    spots + (place * PEAKS + ones_below(PEAK_BITS, s)) * padded + row[:, None], mask=mask, other=NOWHERE
+                )
                 new_top = tl.max(values, 1)
                 top, at = higher(top, at, new_top, tl.min(tl.where(values == new_top[:, None], positions, NOWHERE), 1))
             else:

@@ -137,10 +137,10 @@ def chain_forward(
     """`mfa_forward` in one pass."""
     (b, c, n), d = x.shape, weights[0].shape[0]
     padded = config.power_of_two(d)
-    chosen = config.chain(x, padded)
+    squeezed = squeeze_weight is not None
+    chosen = config.chain(x, padded, (unbounded(x) if squeezed else x.dtype).itemsize)
     chunks = triton.cdiv(n, chosen.positions * chosen.tiles)
     parts, spots = partials(x, POOLS, chunks, padded)
-    squeezed = squeeze_weight is not None
     launch(
         chain_kernel,
         b * chunks,
@@ -175,7 +175,9 @@ def layerwise_forward(
 ) -> tuple[Tensor, Tensor]:
     """`mfa_forward` as one product a layer."""
     d = weights[0].shape[0]
-    (conv1, conv2, conv3, conv4, local) = zip([w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases], strict=True)
+    (conv1, conv2, conv3, conv4, local) = zip(
+        [w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases], strict=True
+    )
     parts, spots = partials(x, POOLS, tiles_of(x), d)
     h1, h12, h3 = (new_map(x, d, x.dtype) for _ in range(3))
     z = squeezed_map(x, squeeze_weight, squeeze_bias)

@@ -16,7 +16,6 @@ from . import launch as config
 from .triton_common import launch, packed, precision, product, rounded, sigmoid, strides
 from .triton_products import layer, new_map, unbounded
 
-
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 

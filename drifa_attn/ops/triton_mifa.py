@@ -87,7 +87,9 @@ def pools_kernel(
         z = tl.zeros((ROWS, POSITIONS), tl.float32)
         if WHOLE:
             k = tl.arange(0, ROWS)
-            w = tl.load(weight + tile * zero + row[:, None] * c + k[None, :], mask=inside[:, None] & (k < c)[None, :], other=0.0)
+            w = tl.load(
+                weight + tile * zero + row[:, None] * c + k[None, :], mask=inside[:, None] & (k < c)[None, :], other=0.0
+            )
             z = product(w, a, z, PRECISION)
         else:
             for first in range(0, c, DEPTH):

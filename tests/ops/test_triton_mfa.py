@@ -86,14 +86,14 @@ def test_everything_passes_in_the_interpreter():
 
 @on_kernels
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(problem=problems())
 def test_forward_errs_at_most_twice_as_much_as_eager(forward, problem):
     check_forward(problem, forward)
 
 
 @on_kernels
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(problem=problems())
 def test_backward_errs_at_most_three_times_as_much_as_eager(problem):
     check_backward(problem)
@@ -101,9 +101,9 @@ def test_backward_errs_at_most_three_times_as_much_as_eager(problem):
 
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("c", "d"), [(64, None), (64, 32), (144, None), (144, 130)])
+@pytest.mark.parametrize(("c", "d"), [(64, None), (80, 130)])
 def test_widths_of_every_path(c, d, dtype):
-    problem = Problem(2, c, 130, d, "nhwc", dtype, 1)
+    problem = Problem(2, c, 70, d, "nhwc", dtype, 1)
     check_forward(problem, triton_mfa.mfa_forward)
     check_backward(problem)
 
@@ -126,7 +126,7 @@ def test_first_of_tied_positions_wins(forward):
 @on_kernels
 @pytest.mark.parametrize("width", [64, 144])
 def test_results_are_deterministic_and_do_not_depend_on_the_layout(width):
-    inputs = Problem(3, width, 130, None, "nchw", torch.bfloat16, 2).tensors()
+    inputs = Problem(2, width, 130, None, "nchw", torch.bfloat16, 2).tensors()
     stats, where = triton_mfa.mfa_forward(*inputs)
     first = flat(triton_mfa.mfa_backward(stats, *inputs, stats, where))
     for x in (inputs[0], inputs[0].mT.contiguous().mT):
