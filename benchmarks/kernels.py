@@ -212,7 +212,8 @@ def configuration(launch: Launch) -> str:
 def table(results: Iterable[Code | tuple[Launch, str]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| kernel | launched by | configuration | capability | registers | spill instructions | stack B | shared B | tensor cores |",
+        "| kernel | launched by | configuration | capability | registers | spill instructions | stack B | shared B "
+        "| tensor cores |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -232,11 +233,14 @@ def report(results: list[Code | tuple[Launch, str]], only: str) -> str:
     codes = [result for result in results if isinstance(result, Code)]
     forward = [code for code in codes if code.launch.kernel in FORWARD]
     spilling = [code for code in codes if code.spills or code.stack]
+    inner = sum(code in forward for code in spilling)
     return f"""# The Triton kernels, compiled
 
-Written by `python -m benchmarks.kernels` on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} with torch {torch.__version__}, triton {triton.__version__}; no GPU took part, and none
-of this is a timing. {len(results)} launches, {len(results) - len(codes)} failures to compile. Those of "{only}" alone. Of {len(forward)} forward launches {sum(code in forward for code in spilling)} spill or use a stack, of the other
-{len(codes) - len(forward)} {sum(code not in forward for code in spilling)}. The largest shared memory is {max(code.shared for code in codes)} bytes. A launch is listed under the first op that makes it.
+Written by `python -m benchmarks.kernels` on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} with torch {torch.__version__},
+triton {triton.__version__}. No GPU took part, and none of this is a timing. Launches of ops whose label contains "{only}":
+{len(results)}, of which {len(results) - len(codes)} do not compile. Of {len(forward)} forward launches {inner} spill or use a stack, of the
+other {len(codes) - len(forward)} {len(spilling) - inner}. The largest shared memory is {max(code.shared for code in codes)} bytes.
+A launch is listed under the first op that makes it.
 
 {table(results)}
 """

@@ -1,4 +1,4 @@
-"""Pieces of all Triton kernels. Channels are the rows of every tile and positions its columns, so that pooling stays in a thread.
+"""Pieces of all Triton kernels. Channels are the rows of a tile, positions its columns: pooling stays in a thread.
 
 Importing this file imports triton, which decides here, once, between its compiler and its interpreter.
 """
@@ -90,7 +90,7 @@ def higher(top, at, new_top, new_at):
 
 @triton.jit
 def pull(total, everywhere, vectors, positions, b, p, PULLS: tl.constexpr, width, row):
-    """`total` plus what sample b's pooled vectors pass down: `everywhere` (`b width`), and each of PULLS `vectors` at a position.
+    """`total` plus what sample b's vectors pass down: `everywhere` (`b width`), and each of PULLS `vectors` at a position.
 
     vectors and positions are `b PULLS width`: a maximum's gradient goes to the one position that holds it.
     """

@@ -194,9 +194,8 @@ def mfa_forward(
 ) -> tuple[Tensor, Tensor]:
     """The five vectors that leave HIFA and CLIA, and where the two maxima are.
 
-    Args:
-        weights, biases: of conv1, conv2, conv3, conv4 and clia.conv1.
-        squeeze_weight, squeeze_bias: None, or of the reduction `z = lin(squeeze, x)` in front.
+    Weights and biases are those of conv1, conv2, conv3, conv4 and clia.conv1; the squeeze's, or None, of the reduction
+    `z = lin(squeeze, x)` in front.
 
     Shape: x `b c n` of any strides, weights `d d`, biases `d`, squeeze `d c` and `d`; -> stats `5 b d` float32 (mean h1,
     max h2, mean h3, max h4, mean t), where `2 b d` int32 (first position of max h2 and of max h4, before σ).

@@ -132,10 +132,8 @@ def mifa_forward(
 ) -> tuple[Tensor, Tensor]:
     """The six vectors that leave one modality, and where the four extrema are.
 
-    Args:
-        weight, bias: of the modality's convolution.
-        squeeze_weight, squeeze_bias: None, or of the reduction `z = lin(squeeze, x)` in front.
-        present: None, or which samples have this modality; another sample's features count as zeros and are not read.
+    weight and bias are those of the modality's convolution; the squeeze's, or None, of the reduction `z = lin(squeeze, x)`
+    in front. present says which samples have this modality; another's features count as zeros and are not read.
 
     Shape: x `b c n` of any strides, weight `d d`, bias `d`, squeeze `d c` and `d`, present `b`; -> stats `6 b d` float32
     (minimum, mean and maximum of z, then of t), where `4 b d` int32 (first position of the minimum and maximum of z, then

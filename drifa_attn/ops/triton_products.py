@@ -56,7 +56,8 @@ def layer_kernel(
     """`z = W x + bias` (c -> d) for a block of channels and positions of one sample, `h = σ(z)`, and of these what is asked.
 
     POOL: the sum of h, or the maximum of z and its position, to its slot of `parts` and `spots`. `out`: h (z, unless
-    ACTIVE); `out_sum`: h + other. SLOPE: instead of h the gradient of z, `pull · h(1 − h)`, see `pull`. A sample not `present` is zeros and is not read.
+    ACTIVE); `out_sum`: h + other. SLOPE: instead of h the gradient of z, `pull · h(1 − h)`, see `pull`.
+    A sample that is not `present` is zeros and is not read.
     """
     blocks = tl.cdiv(d, ROWS)
     tiles = tl.cdiv(n, POSITIONS)
