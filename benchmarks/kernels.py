@@ -234,12 +234,14 @@ def report(results: list[Code | tuple[Launch, str]], only: str) -> str:
     forward = [code for code in codes if code.launch.kernel in FORWARD]
     spilling = [code for code in codes if code.spills or code.stack]
     inner = sum(code in forward for code in spilling)
+    day = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
+    shared = max(code.shared for code in codes)
     return f"""# The Triton kernels, compiled
 
-Written by `python -m benchmarks.kernels` on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} with torch {torch.__version__},
-triton {triton.__version__}. No GPU took part, and none of this is a timing. Launches of ops whose label contains "{only}":
-{len(results)}, of which {len(results) - len(codes)} do not compile. Of {len(forward)} forward launches {inner} spill or use a stack, of the
-other {len(codes) - len(forward)} {len(spilling) - inner}. The largest shared memory is {max(code.shared for code in codes)} bytes.
+Written by `python -m benchmarks.kernels` on {day} with torch {torch.__version__}, triton {triton.__version__}.
+No GPU took part, and none of this is a timing. Launches of ops whose label contains "{only}": {len(results)},
+of which {len(results) - len(codes)} do not compile. Of {len(forward)} forward launches {inner} spill or use a stack,
+of the other {len(codes) - len(forward)} {len(spilling) - inner}. The largest shared memory is {shared} bytes.
 A launch is listed under the first op that makes it.
 
 {table(results)}
