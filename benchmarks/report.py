@@ -1,0 +1,183 @@
+"""The tables of `README.md` and the plots, from the CSVs of this version alone."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import drifa_attn
+
+from .plots import draw
+from .rows import RESULTS, Row, read
+from .scaling import along, exponent
+from .targets import TARGETS, Found, at, verdict
+
+README = Path(__file__).parent / "README.md"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; numbers are right-aligned by its caller's header, which ends in a colon there."""
+    names = [name.rstrip(":") for name in header]
+    rule = ["---:" if name.endswith(":") else "---" for name in header]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [names, rule, *rows])
+
+
+def number(value: float | None) -> str:
+    """Three digits of a number, or a dash where there is none."""
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def device_of(row: Row) -> str:
+    """The device, as a column."""
+    return row.device if row.on_gpu else f"{row.device}, {row.threads} threads"
+
+
+def targets(found: Found) -> str:
+    """Whether each target is met."""
+    rows = [(t.what, t.against, t.target, *verdict(t, found)) for t in TARGETS]
+    return table(("what", "against", "target", "measured", ""), rows)
+
+
+def versions(found: Found) -> str:
+    """What the rows were measured with."""
+    seen = {}
+    for row in found.rows:
+        seen[device_of(row), row.torch, row.triton, row.timm, row.commit] = row.utc[:10]
+    return table(("device", "torch", "triton", "timm", "commit", "date"), [(*key, day) for key, day in seen.items()])
+
+
+def compared(found: Found, suite: str, columns: Sequence[tuple[str, str, str]]) -> str:
+    """One line for each device, shape, op and provider; columns are (title, mode, field)."""
+    lines: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
+    for row in found.all(suite=suite):
+        if row.op.startswith("roofline"):
+            continue
+        key = device_of(row), row.dtype, row.shape, row.op, row.provider
+        for _, mode, field in columns:
+            if row.mode == mode:
+                lines.setdefault(key, {})[mode, field] = getattr(row, field)
+    header = ("device", "dtype", "shape", "what", "provider", *(f"{title}:" for title, _, _ in columns))
+    return table(header, [(*key, *(number(values.get((m, f))) for _, m, f in columns)) for key, values in lines.items()])
+
+
+def layers(found: Found) -> str:
+    """Layers beside their peers."""
+    return compared(found, "layers", LAYER_COLUMNS)
+
+
+LAYER_COLUMNS = (
+    ("forward ms", "forward", "p50"),
+    ("step ms", "full", "p50"),
+    ("forward peak MiB", "forward", "peak"),
+    ("kept MiB", "full", "kept"),
+    ("parameters", "forward", "params"),
+)
+NETWORK_COLUMNS = (
+    ("forward ms", "forward", "p50"),
+    ("step ms", "full", "p50"),
+    ("step peak MiB", "full", "peak"),
+    ("kept MiB", "full", "kept"),
+    ("parameters", "forward", "params"),
+    ("FLOPs", "forward", "flops"),
+)
+
+
+def networks(found: Found) -> str:
+    """Whole backbones."""
+    return compared(found, "wrap", NETWORK_COLUMNS)
+
+
+def net(found: Found) -> str:
+    """DRIFA-Net."""
+    return compared(found, "net", NETWORK_COLUMNS)
+
+
+def ops(found: Found) -> str:
+    """The ops alone."""
+    return compared(found, "ops", LAYER_COLUMNS[:4])
+
+
+def scaling(found: Found) -> str:
+    """The exponents of time and memory along each axis."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in found.all(suite="scaling"):
+        if " by " in row.op:
+            groups.setdefault((device_of(row), row.dtype, row.op, row.provider, row.mode), []).append(row)
+    lines = []
+    for (*key, mode), rows in groups.items():
+        axis = rows[0].op.rpartition(" ")[2]
+        sizes = [along(row, axis) for row in rows]
+        if len(set(sizes)) < 2:
+            continue
+        fits = [exponent(sizes, [getattr(row, field) for row in rows]) for field in ("p50", "peak")]
+        steps = ", ".join(f"{size:g}" for size in sizes)
+        lines.append((*key, mode, steps, *(f"{fit:.2f}" for fit in fits)))
+    return table(("device", "dtype", "what", "provider", "mode", "sizes", "time exponent:", "peak exponent:"), lines)
+
+
+def roofs(found: Found) -> dict[tuple[str, str], tuple[float, float]]:
+    """The best bytes and FLOPs a second of each device and dtype."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for row in found.rows:
+        if row.op.startswith("roofline"):
+            key, seconds = (row.device, row.dtype), row.p50 / 1000
+            bandwidth, rate = best.get(key, (0.0, 0.0))
+            is_copy = row.op == "roofline copy"
+            best[key] = (max(bandwidth, row.bytes / seconds), rate) if is_copy else (bandwidth, max(rate, row.flops / seconds))
+    return best
+
+
+def roofline(found: Found) -> str:
+    """How near MFA comes to the time that its bytes and FLOPs need at least."""
+    roof = roofs(found)
+    lines = []
+    for row in found.all(suite="layers", op="MFA"):
+        bandwidth, rate = roof[row.device, row.dtype]
+        floor = 1000 * max(row.bytes / bandwidth, row.flops / rate)
+        bound = "bytes" if row.bytes / bandwidth > row.flops / rate else "FLOPs"
+        lines.append(
+            (device_of(row), row.dtype, at(row), row.provider, row.mode, bound, number(floor), f"{floor / row.p50:.0%}")
+        )
+    return table(("device", "dtype", "shape", "provider", "mode", "bound by", "floor ms:", "reached:"), lines)
+
+
+def failures(rows: Found) -> str:
+    """What has no numbers, and why."""
+    lines = [(device_of(r), f"{r.op}, {r.provider}", r.mode, r.shape, r.dtype, r.error) for r in rows.failed]
+    return table(("device", "what", "mode", "shape", "dtype", "error"), lines) if lines else "None."
+
+
+TABLES: dict[str, Callable[[Found], str]] = {
+    "targets": targets,
+    "versions": versions,
+    "layers": layers,
+    "ops": ops,
+    "networks": networks,
+    "net": net,
+    "scaling": scaling,
+    "roofline": roofline,
+    "failures": failures,
+}
+
+
+def filled(readme: str, found: Found) -> str:
+    """A text whose marked places hold the tables of these rows."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](found)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
+
+
+def stored(folder: Path) -> list[Row]:
+    """All rows of a folder."""
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+
+
+def report() -> None:
+    """Draw the plots and write the tables."""
+    folder = RESULTS / drifa_attn.__version__
+    rows = stored(folder)
+    for path in draw(rows, folder):
+        print(path)
+    README.write_text(filled(README.read_text(), Found(rows)))
+    print(README)

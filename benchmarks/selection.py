@@ -1,0 +1,64 @@
+"""What `make bench` runs: the rows behind `README.md`, the most important first, in ten minutes at most."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import drifa_attn
+
+from .common import Options, run
+from .layers import OURS, PEERS, RESNET18, RESNET50, stages
+from .rows import RESULTS, device_name, slug
+
+LIBRARY = ("eager", "auto")  # the equations, and what the library makes of them
+WITH_PEERS = (*LIBRARY, "peers")
+PAIRED = ("resnet50 plain", "resnet50 SE", "resnet50 CBAM", "resnet50 MFA")
+TRAINED = (*PAIRED, "resnet50 MFA block", "resnet18 plain", "resnet18 MFA block dense")
+IMAGES = (8, 3, 224, 224)
+
+
+def on_cpu(start: Options) -> Iterator[tuple[str, Options]]:
+    """Suites and options for two cores: float32, batch 8, whole backbones one image at a time."""
+    mfa = replace(start, ops=("MFA",), providers=LIBRARY)
+    yield "layers", replace(mfa, shapes=stages(8, RESNET18[1:], RESNET50))
+    yield "layers", replace(start, providers=(*WITH_PEERS, "fused"), shapes=stages(8, RESNET18[:1]))
+    yield "net", replace(start, providers=LIBRARY, seconds=4)
+    yield "wrap", replace(start, ops=PAIRED, providers=WITH_PEERS, modes=("forward",), seconds=3)
+    yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",), shapes=(IMAGES,), seconds=2)
+    yield "scaling", replace(start, providers=LIBRARY, seconds=0.5)
+    yield "ops", replace(start, providers=("eager", "fused"), shapes=stages(8, RESNET18), seconds=0.5)
+    yield "layers", replace(start, ops=("MFA",), providers=("compile",), shapes=stages(8, RESNET18[:1]))
+    others = ("[!r]* plain", "[!r]* SE", "[!r]* CBAM", "[!r]* MFA", "[!r]* MFA paper")
+    yield "wrap", replace(start, ops=("resnet18 *", *others), providers=WITH_PEERS, modes=("forward",), seconds=0.5)
+
+
+def on_gpu(start: Options) -> Iterator[tuple[str, Options]]:
+    """Suites and options for a GPU: bfloat16, batch 64."""
+    three = (*LIBRARY, "compile")
+    first, rest = stages(64, RESNET18[:1]), stages(64, RESNET18[1:], RESNET50)
+    yield "layers", replace(start, providers=(*three, "peers"), shapes=first)
+    yield "layers", replace(start, ops=("MFA",), providers=three, shapes=rest)
+    yield "wrap", replace(start, ops=PAIRED, providers=WITH_PEERS, modes=("forward",))
+    yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",))
+    yield "net", replace(start, providers=LIBRARY)
+    yield "scaling", replace(start, providers=LIBRARY)
+    yield "ops", replace(start, providers=("eager", "fused"), shapes=stages(64, RESNET18, RESNET50))
+    others = ("[!r]* plain", "[!r]* SE", "[!r]* CBAM", "[!r]* MFA", "[!r]* MFA paper")
+    yield "wrap", replace(start, ops=("resnet18 *", *others), providers=WITH_PEERS, modes=("forward",))
+    yield "layers", replace(start, ops=(*OURS[1:], *PEERS), providers=(*LIBRARY, "peers"), shapes=rest)
+
+
+def bench(device: torch.device, suites: Mapping[str, ModuleType], deadline: float) -> Path:
+    """Run the selection of a device; its CSVs of this version are written anew. Returns their folder."""
+    folder = RESULTS / drifa_attn.__version__
+    name = slug(device_name(device))
+    for old in folder.glob(f"{name}-*.csv"):
+        old.unlink()
+    gpu = device.type == "cuda"
+    start = Options(device=device, dtype="bf16" if gpu else "fp32", seconds=0.3 if gpu else 1.0, deadline=deadline)
+    for suite, options in (on_gpu if gpu else on_cpu)(start):
+        run(suite, suites[suite].cases(options), replace(options, csv=folder / f"{name}-{suite}.csv"))
+    return folder
