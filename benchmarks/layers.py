@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from timm import layers as timm_layers
+from timm.layers.cbam import CbamModule
 from torch import nn
 
 from drifa_attn import MFA, MIFA
@@ -22,14 +24,11 @@ def stages(batch: int, *networks: tuple[tuple[int, int], ...]) -> list[tuple[int
 
 def peer(name: str, channels: int) -> nn.Module:
     """An attention of timm, as timm builds it, or none."""
-    from timm import layers
-    from timm.layers.cbam import CbamModule
-
     builders: dict[str, Callable[..., nn.Module]] = {
-        "SE": layers.SEModule,
-        "ECA": layers.EcaModule,
+        "SE": timm_layers.SEModule,
+        "ECA": timm_layers.EcaModule,
         "CBAM": CbamModule,
-        "GC": layers.GlobalContext,
+        "GC": timm_layers.GlobalContext,
         "none": lambda _: nn.Identity(),
     }
     return builders[name](channels)

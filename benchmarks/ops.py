@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from drifa_attn import functional
+from drifa_attn import ops as library
 from drifa_attn.functional import Linear, pool_max, pool_mean, pool_min
 from drifa_attn.layout import scale
 from drifa_attn.mfa import glorot_, pair
@@ -36,32 +37,16 @@ def gate(x: Tensor, gain: Tensor) -> Tensor:
     return scale(x, gain, "b c ...")
 
 
-def lean_mfa_stats(x: Tensor, *linears: Linear) -> Tensor:
-    """The op for `mfa_stats`."""
-    from drifa_attn import ops
-
-    return ops.mfa_stats(x, *linears)
-
-
-def lean_mifa_stats(x: Tensor, conv: Linear) -> Tensor:
-    """The op for `mifa_stats`."""
-    from drifa_attn import ops
-
-    return ops.mifa_stats(x, conv)
-
-
-def lean_gate(x: Tensor, gain: Tensor) -> Tensor:
-    """The op for `gate`."""
-    from drifa_attn import ops
-
-    return ops.gate(x, gain)
+def fused_mfa_stats(x: Tensor, *linears: Linear) -> Tensor:
+    """The op for `mfa_stats`, whose weights come as one sequence."""
+    return library.mfa_stats(x, linears)
 
 
 # The equations, the op, and how many linear maps it reads.
 OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
-    "mfa_stats": (mfa_stats, lean_mfa_stats, 5),
-    "mifa_stats": (mifa_stats, lean_mifa_stats, 1),
-    "gate": (gate, lean_gate, 0),
+    "mfa_stats": (mfa_stats, fused_mfa_stats, 5),
+    "mifa_stats": (mifa_stats, library.mifa_stats, 1),
+    "gate": (gate, library.gate, 0),
 }
 
 
@@ -79,13 +64,13 @@ class Op(nn.Module):
 
 def setup(op: str, provider: str, shape: tuple[int, ...], options: Options) -> Setup:
     """An op and its inputs, positions flattened as the layers do."""
-    equations, lean, maps = OPS[op]
+    equations, fused, maps = OPS[op]
     b, c = shape[:2]
     linears = nn.ModuleList(nn.Linear(c, c) for _ in range(maps)).apply(glorot_).to(options.device, DTYPES[options.dtype])
     x = options.randn(*shape).flatten(2).requires_grad_()
     args = (x, torch.rand(b, c, device=options.device).requires_grad_()) if op == "gate" else (x,)
     exact = Op(equations, linears)
-    return Setup(Op(lean, linears) if provider == "fused" else exact, args, exact)
+    return Setup(Op(fused, linears) if provider == "fused" else exact, args, exact)
 
 
 def cases(options: Options) -> Iterator[list[Case]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -72,8 +73,6 @@ def put_peer(model: nn.Module, name: str) -> nn.Module:
 
 def network(name: str, way: str) -> nn.Module:
     """A backbone, plain or refined; strengths are moved off zero, where attention would have no say."""
-    import timm
-
     model = timm.create_model(name)
     if way == "plain":
         return model

@@ -1,0 +1,184 @@
+"""Rows, the targets, the tables and the plots, from made-up rows and from those that are committed."""
+
+from dataclasses import replace
+
+import pytest
+
+import drifa_attn
+from benchmarks import report, rows, scaling, selection
+from benchmarks.__main__ import SUITES, main
+from benchmarks.common import Options
+from benchmarks.plots import PLOTS, draw
+from benchmarks.rows import RESULTS, Row, read, write
+from benchmarks.targets import NO_GPU, TARGETS, Found, verdict
+
+COMMITTED = sorted(RESULTS.rglob("*.csv"))
+CPU, GPU = "CPU of a test", "GPU of a test"
+ROW = Row("layers", "MFA", "eager", "forward", "8x64x56x56", "contiguous", "fp32", 10.0, 9.0, 11.0, 9.0, None, 5, 7, 3)
+ROW = replace(ROW, device=CPU, torch="2", threads=2, commit="abc", utc="2026-01-01T00:00:00Z")
+
+
+def target(start, gpu=False):
+    (found,) = [t for t in TARGETS if t.what.startswith(start) and t.gpu == gpu and t.against == "eager"]
+    return found
+
+
+def judged(start, some, gpu=False):
+    return verdict(target(start, gpu), Found(some))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_rows_hold_the_schema(path):
+    found = read(path)
+    assert found
+    for row in found:
+        assert path.name == f"{rows.slug(row.device)}-{row.suite}.csv"
+        assert row.suite in SUITES
+        assert row.mode in ("forward", "backward", "full")
+        assert row.sizes
+        assert row.device
+        assert row.torch
+        assert row.commit
+        assert row.threads >= 1
+        assert bool(row.error) == (row.p50 is None)
+        if not row.error:
+            assert 0 < row.p20 <= row.p50 <= row.p80
+
+
+def test_readme_is_what_the_committed_rows_give():
+    readme = report.README.read_text()
+    assert all(f"<!-- table: {name} -->" in readme for name in report.TABLES)
+    if COMMITTED:
+        assert report.filled(readme, Found(report.stored(RESULTS / drifa_attn.__version__))) == readme
+
+
+def test_rows_come_back_from_a_file_as_they_were(tmp_path):
+    failed = replace(ROW, p50=None, p20=None, p80=None, peak=None, params=None, flops=None, bytes=None, error='no, "never"')
+    write([ROW], tmp_path / "rows.csv")
+    write([failed], tmp_path / "rows.csv")
+    assert read(tmp_path / "rows.csv") == [ROW, failed]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns"):
+        read(tmp_path / "other.csv")
+
+
+def test_a_met_target_says_so_and_a_missed_one_where():
+    slow = replace(ROW, provider="auto", p50=13.0)
+    fast = replace(slow, p50=8.0, shape="8x128x28x28")
+    both = [ROW, slow, replace(ROW, shape=fast.shape), fast]
+    assert judged("CPU forward of MFA", both[2:]) == ("0.8 (c=128 at 28x28)", "met")
+    assert judged("CPU forward of MFA", both) == ("1.3 (c=64 at 56x56); 0.8 (c=128 at 28x28)", "missed at 1 of 2")
+    assert judged("CPU forward of MFA", both[:2]) == ("1.3 (c=64 at 56x56)", "missed")
+    assert judged("CPU forward of MFA", [ROW]) == ("no row yet: run `make bench`", "")
+    assert judged("CPU forward of MFA", [ROW, replace(slow, p50=None, error="failed")])[1] == ""
+
+
+def test_rows_of_one_device_are_never_compared_with_another():
+    gpu = replace(ROW, provider="auto", p50=1.0, device=GPU)
+    assert judged("CPU forward of MFA", [ROW, gpu])[1] == ""
+    assert judged("GPU forward, bf16, batch 64, c = 64", [ROW, gpu], gpu=True) == (NO_GPU, "")
+
+
+def test_speedups_on_a_gpu_are_judged_by_their_width():
+    eager = replace(ROW, dtype="bf16", device=GPU, shape="64x64x56x56")
+    some = [eager, replace(eager, provider="auto", p50=2.5)]
+    assert judged("GPU forward, bf16, batch 64, c = 64", some, gpu=True) == ("4 (c=64 at 56x56)", "met")
+    assert judged("GPU forward, bf16, batch 64, c = 128", some, gpu=True) == (NO_GPU, "")
+
+
+def test_attention_is_charged_what_it_adds_to_the_plain_network():
+    plain = replace(ROW, suite="wrap", op="resnet50 plain", provider="peers", mode="full", peak=100.0, shape="8x3x224x224")
+    eager = replace(plain, op="resnet50 MFA block", provider="eager", peak=200.0)
+    ours = replace(eager, provider="auto", peak=120.0)
+    assert judged("attention's share", [plain, eager, ours]) == ("0.2 (resnet50, batch 8)", "met")
+    assert judged("attention's share", [eager, ours])[1] == ""
+
+
+def test_overhead_is_what_wrap_adds_over_what_se_adds():
+    plain = replace(ROW, suite="wrap", op="resnet50 plain", provider="peers", p50=50.0, shape="1x3x224x224")
+    some = [plain, replace(plain, op="resnet50 SE", p50=52.0), replace(plain, op="resnet50 MFA", provider="auto", p50=56.0)]
+    (cpu,) = [t for t in TARGETS if t.against.startswith("SE") and not t.gpu]
+    assert verdict(cpu, Found(some)) == ("3 (batch 1)", "missed")
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_exponent_is_the_power_a_cost_grows_with(power):
+    sizes = [1, 2, 4, 8]
+    assert scaling.exponent(sizes, [3 * size**power for size in sizes]) == pytest.approx(power)
+    with pytest.raises(ValueError, match="two sizes"):
+        scaling.exponent([2, 2], [1, 1])
+
+
+def growing():
+    """Rows of the scaling suite along the batch whose time is linear and whose memory is quadratic."""
+    sizes = (1, 2, 4)
+    base = replace(ROW, suite="scaling", op="MFA by batch", provider="auto")
+    return [replace(base, shape=f"{b}x8x4x4", p50=2.0 * b, p20=1.9 * b, p80=2.1 * b, peak=3.0 * b * b) for b in sizes]
+
+
+def test_tables_show_exponents_failures_and_the_share_of_the_roofline():
+    ceilings = [
+        replace(ROW, op="roofline copy", provider="peers", bytes=1000, p50=1.0),
+        replace(ROW, op="roofline matmul", provider="peers", flops=1000, p50=1.0),
+    ]
+    measured = replace(ROW, flops=5000, bytes=1000)  # five milliseconds of products at least, and it took ten
+    failed = replace(ROW, provider="compile", p50=None, error="no compiler")
+    found = Found([*growing(), *ceilings, measured, failed])
+    assert "| 1, 2, 4 | 1.00 | 2.00 |" in report.scaling(found)
+    assert "| FLOPs | 5 | 50% |" in report.roofline(found)
+    assert "MFA, compile | forward | 8x64x56x56 | fp32 | no compiler |" in report.failures(found)
+    assert report.failures(Found([ROW])) == "None."
+
+
+def test_only_the_marked_places_are_filled():
+    text = "before\n<!-- table: failures -->\nold\n<!-- end -->\nafter\n"
+    once = report.filled(text, Found([ROW]))
+    assert once == "before\n<!-- table: failures -->\nNone.\n<!-- end -->\nafter\n"
+    assert report.filled(once, Found([ROW])) == once
+
+
+def test_plots_of_each_device_are_drawn(tmp_path):
+    some = [ROW, replace(ROW, provider="auto", mode="full", kept=1.0), *growing()]
+    some += [replace(row, device=GPU) for row in some]
+    paths = draw(some, tmp_path)
+    assert sorted(path.name for path in paths) == sorted(f"{d}-of-a-test-{plot}.png" for d in ("cpu", "gpu") for plot in PLOTS)
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+@pytest.mark.parametrize("plan", [selection.on_cpu, selection.on_gpu])
+def test_selection_holds_what_every_target_is_read_from(plan):
+    """Rows with made-up numbers, one for each case the selection names, leave no target of that device open."""
+    gpu = plan is selection.on_gpu
+    start = Options(dtype="bf16" if gpu else "fp32")
+    made = []
+    for suite, options in plan(start):
+        sized = options
+        if gpu and not options.shapes:  # the suites' own shapes for a GPU, which is not here
+            sized = replace(options, shapes=next(iter(GPU_SHAPES[suite])))
+        for group in SUITES[suite].cases(sized):
+            for case in group:
+                if options.wants(case.op, case.provider):
+                    base = replace(ROW, suite=suite, op=case.op, provider=case.provider, shape=case.shape, dtype=start.dtype)
+                    base = replace(base, device=GPU if gpu else CPU, kept=1.0)
+                    cost = {"plain": 1.0, "SE": 2.0}.get(case.op.rpartition(" ")[2], 4.0 if case.provider == "eager" else 3.0)
+                    made += [replace(base, mode=mode, p50=cost, peak=cost) for mode in options.modes]
+    found = Found(made)
+    either = [t for t in TARGETS if t.gpu == gpu]
+    assert either
+    assert not [t.what for t in either if not t.measure(found)]
+
+
+GPU_SHAPES = {"wrap": [((64, 3, 224, 224),)], "net": [((64, 3, 128, 128),)], "scaling": [((16, 64, 14, 14),)]}
+
+
+def test_command_lists_the_suites_and_runs_one(capsys, tmp_path):
+    main([])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in SUITES)
+    flags = "--device cpu --op none --shape 2x4x3x3 --mode forward --provider peers --seconds 0.001"
+    main(["layers", *flags.split(), "--csv", str(tmp_path / "rows.csv")])
+    (*_, row) = read(tmp_path / "rows.csv")
+    assert (row.op, row.shape, row.mode, row.dtype, row.error) == ("none", "2x4x3x3", "forward", "fp32", "")
+    with pytest.raises(SystemExit):
+        main(["layers", "--shape", "2x0"])
+    assert "expected sizes >= 1" in capsys.readouterr().err

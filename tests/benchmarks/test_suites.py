@@ -1,0 +1,160 @@
+"""Every suite on a tiny shape, in this process: that it runs, checks before it times, and makes rows of its failures."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import common, layers, net, ops, scaling, wrap
+from benchmarks.common import Case, Options, Setup
+from benchmarks.rows import read
+
+TINY = Options(seconds=0.001)
+HERE = ("eager", "fused", "auto", "peers")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.FEWEST", 1)
+    monkeypatch.setattr("benchmarks.measure.SHORTEST_BLOCK", 0)
+
+
+def rows_of(suite, **options):
+    """The rows of a suite without its roofline."""
+    chosen = replace(TINY, **{"providers": HERE, **options})
+    name = suite.__name__.rpartition(".")[2]
+    rows = common.run(name, suite.cases(chosen), chosen, side=16)
+    assert [row.op for row in rows[:2]] == ["roofline copy", "roofline matmul"]
+    assert all(row.suite == name for row in rows)
+    return rows[2:]
+
+
+def succeeded(rows):
+    assert not [row.error for row in rows if row.error]
+    for row in rows:
+        assert 0 < row.p20 <= row.p50 <= row.p80
+        assert row.params is not None
+        assert row.bytes > 0
+        assert row.mode == "forward" or row.kept is not None
+    return {(row.op, row.provider, row.mode): row for row in rows}
+
+
+def test_ops_runs():
+    rows = succeeded(rows_of(ops, shapes=((2, 8, 4, 4),), modes=("forward", "backward", "full")))
+    assert {(op, mode) for op, _, mode in rows} == {(op, mode) for op in ops.OPS for mode in ("forward", "backward", "full")}
+    assert rows["mfa_stats", "fused", "full"].kept < rows["mfa_stats", "eager", "full"].kept / 5
+
+
+def test_layers_runs():
+    rows = succeeded(rows_of(layers, shapes=((2, 8, 4, 4),)))
+    assert {op for op, _, _ in rows} == {*layers.OURS, *layers.PEERS}
+    assert rows["MFA", "eager", "full"].flops == 3 * rows["MFA", "eager", "forward"].flops
+
+
+def test_wrap_runs():
+    ways = ("plain", "SE", "CBAM", "MFA", "MFA paper")
+    chosen = tuple(f"resnet18 {way}" for way in ways)
+    rows = succeeded(rows_of(wrap, ops=chosen, shapes=((2, 3, 32, 32),), providers=("auto", "peers"), modes=("forward",)))
+    params = {op.partition(" ")[2]: row.params for (op, _, _), row in rows.items()}
+    assert params["plain"] < params["SE"] < params["MFA paper"]
+    assert params["plain"] < params["MFA"] < params["MFA paper"]
+
+
+def test_net_runs_and_trains():
+    rows = succeeded(rows_of(net, shapes=((2, 3, 16, 16),), providers=("auto",)))
+    assert rows["DRIFA-Net", "auto", "full"].params == 53_865_668
+
+
+def test_scaling_grows_one_axis_at_a_time():
+    rows = rows_of(scaling, shapes=((1, 8, 2, 2),), providers=("auto",), modes=("forward",))
+    for axis in scaling.AXES:
+        mine = [row for row in rows if row.op.endswith(axis)]
+        assert [scaling.along(row, axis) / scaling.along(mine[0], axis) for row in mine] == list(scaling.STEPS)
+        for other in set(scaling.AXES) - {axis}:
+            assert len({scaling.along(row, other) for row in mine}) == 1
+
+
+@pytest.mark.parametrize(("network", "side"), [("swin_tiny_patch4_window7_224", 7), ("vit_small_patch16_224", 14)])
+def test_peers_read_channels_last_features_and_tokens(network, side):
+    """SE on a permuted view is SE: the adapter gives what the layer gives on `b c h w`, prefix tokens untouched."""
+    prefix = 1 if network.startswith("vit") else 0
+    on = wrap.OnLayout(layers.peer("SE", 6), "b ... c", prefix).eval()
+    maps = torch.randn(2, 6, side, side)
+    expected = on.attention(maps).permute(0, 2, 3, 1)
+    if prefix:
+        first = torch.randn(2, 1, 6)
+        out = on(torch.cat([first, maps.permute(0, 2, 3, 1).flatten(1, 2)], 1))
+        assert torch.equal(out[:, :1], first)
+        torch.testing.assert_close(out[:, 1:], expected.flatten(1, 2))
+    else:
+        torch.testing.assert_close(on(maps.permute(0, 2, 3, 1)), expected)
+
+
+class Wrong(nn.Module):
+    """Right in float64, five per cent off in float32."""
+
+    def forward(self, x):
+        return x if x.dtype == torch.float64 else 1.05 * x
+
+
+def fail():
+    raise RuntimeError("no\nsuch thing")
+
+
+def built(module):
+    return Setup(module, (torch.randn(2, 3, requires_grad=True),))
+
+
+def test_failures_are_rows_beside_the_others(tmp_path):
+    group = [
+        Case("wrong", "peers", "2x3", partial(built, Wrong())),
+        Case("broken", "peers", "2x3", fail),
+        Case("right", "peers", "2x3", partial(built, nn.Identity())),
+    ]
+    options = replace(TINY, modes=("forward",), csv=tmp_path / "new" / "rows.csv")
+    rows = {row.op: row for row in common.run("layers", [group], options, side=16)}
+    assert rows["wrong"].error.startswith("ValueError: wrong: output 0 is off by 5.0e-02 relative to float64")
+    assert rows["broken"].error == "RuntimeError: no such thing"
+    assert rows["wrong"].p50 is rows["broken"].peak is None
+    assert rows["right"].p50 > 0
+    assert rows["right"].error == ""
+    assert {row.op: row.error for row in read(options.csv)} == {op: row.error for op, row in rows.items()}
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if grad.dtype == torch.float64 else -grad
+
+
+class WrongBackward(nn.Module):
+    def forward(self, x):
+        return WrongGradient.apply(x)
+
+
+def test_a_wrong_gradient_is_never_timed():
+    group = [Case("wrong", "peers", "2x3", partial(built, WrongBackward()))]
+    rows = common.run("layers", [group], replace(TINY, modes=("full",)), side=16)
+    assert rows[-1].error.startswith("ValueError: wrong: gradient 0 is off by 2.0e+00")
+
+
+def test_a_compiler_that_is_missing_is_a_row(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
+    options = {"shapes": ((2, 8, 3, 3),), "ops": ("MFA",), "providers": ("compile", "eager"), "modes": ("forward",)}
+    eager, compiled = sorted(rows_of(layers, **options), key=lambda row: row.error)
+    assert (eager.provider, eager.error) == ("eager", "")
+    assert compiled.provider == "compile"
+    assert compiled.p50 is None
+
+
+def test_what_the_time_limit_cuts_off_is_a_row():
+    rows = rows_of(layers, shapes=((2, 8, 3, 3),), ops=("MFA",), deadline=0.0)
+    assert rows
+    assert {row.error for row in rows} == {"not measured: the time limit was reached"}
