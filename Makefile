@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint matrix clean
+.PHONY: demo test lint matrix bench clean
 
 demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,9 @@ lint: .venv/dev
 
 matrix: .venv/dev
 	$(BIN)/python -m pytest -m slow tests/test_matrix.py
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks bench
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist outputs

@@ -253,8 +253,7 @@ def prepare(case: Case, mode: str, row: Row, options: Options, reference: Refere
     check(case, setup, run, mode, options.dtype, reference)
     setup.module.train(case.network and mode != "forward")
     once = call(case, setup, run, mode)
-    for _ in range(2):  # compiles, and allocates an optimizer's state
-        once()
+    once()  # compiles, and allocates an optimizer's state
     peak = measure.memory(once, options.device).peak
     kept = measure.kept(run, setup.args, options.device) / MIB if mode != "forward" else None
     flops, moved = switched("0", measure.cost, setup.exact or setup.module, setup.args, mode)

@@ -44,10 +44,7 @@ def times(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: floa
 
 def alternate(runs: Sequence[Callable[[], Any]], seconds: float) -> list[Times]:
     """CPU times in alternation, one measurement of each in turn: what else the machine does then hits all of them alike."""
-    numbers = []
-    for run in runs:
-        run()  # warms caches, and compiles where that is still to be done
-        numbers.append(max(1, round(SHORTEST_BLOCK / max(clocked(run, 1), 1e-6))))
+    numbers = [max(1, round(SHORTEST_BLOCK / max(clocked(run, 1), 1e-6))) for run in runs]
     samples: list[list[float]] = [[] for _ in runs]
     start = timer()
     while len(samples[0]) < FEWEST or (timer() - start < seconds * len(runs) and len(samples[0]) < MOST):

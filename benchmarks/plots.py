@@ -92,7 +92,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
         ha="right",
     )
     ax.annotate(
-        f"{bandwidth / 1e9:,.1f} GB/s, copy", (xs[0], bandwidth * xs[0] / 1e9), xytext=(8, 0), textcoords="offset points"
+        f"{bandwidth / 1e9:,.1f} GB/s, copy", (xs[0], bandwidth * xs[0] / 1e9), xytext=(8, -16), textcoords="offset points"
     )
     for provider in COLOURS:
         points = [(row.flops / row.bytes, row.flops / row.p50 / 1e6) for row in mine if row.provider == provider]
@@ -129,22 +129,24 @@ def scaling(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-PLOTS: dict[str, Callable[[Sequence[Row]], Figure]] = {
-    "latency": latency,
-    "memory": memory,
-    "roofline": roofline,
-    "scaling": scaling,
+# What is drawn, and the suite it is drawn from.
+PLOTS: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
+    "latency": ("layers", latency),
+    "memory": ("layers", memory),
+    "roofline": ("layers", roofline),
+    "scaling": ("scaling", scaling),
 }
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """All plots of every device, next to its CSVs. Returns their files."""
+    """The plots of every device, next to its CSVs, as far as there are rows. Returns their files."""
     paths = []
     for device in dict.fromkeys(row.device for row in rows):
         mine = [row for row in rows if row.device == device and not row.error]
-        for name, plot in PLOTS.items():
-            figure = plot(mine)
-            figure.suptitle(device, size=10, color="#555555")
-            paths.append(folder / f"{slug(device)}-{name}.png")
-            figure.savefig(paths[-1], dpi=130)
+        for name, (suite, plot) in PLOTS.items():
+            if any(row.suite == suite for row in mine):
+                figure = plot(mine)
+                figure.suptitle(device, size=10, color="#555555")
+                paths.append(folder / f"{slug(device)}-{name}.png")
+                figure.savefig(paths[-1], dpi=130)
     return paths

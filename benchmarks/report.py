@@ -34,7 +34,7 @@ def device_of(row: Row) -> str:
 def targets(found: Found) -> str:
     """Whether each target is met."""
     rows = [(t.what, t.against, t.target, *verdict(t, found)) for t in TARGETS]
-    return table(("what", "against", "target", "measured", ""), rows)
+    return table(("what", "against", "target", "measured", "met?"), rows)
 
 
 def versions(found: Found) -> str:

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def parsed(line: dict[str, str]) -> Row:
     return Row(**values)
 
 
+@cache
 def installed(package: str) -> str:
     """The version of a package, or that it is missing."""
     try:
@@ -109,6 +111,7 @@ def installed(package: str) -> str:
         return "none"
 
 
+@cache
 def device_name(device: torch.device) -> str:
     """The name of the device: of a GPU its own, of a CPU what the system says of it."""
     if device.type == "cuda":
@@ -123,19 +126,30 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+@cache
+def commit() -> str:
+    """The commit of this checkout, marked where the library's files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "drifa_attn", "examples"], capture_output=True
+        ).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return f"{found}-dirty" if changed else found
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what a row is measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "none"
     return {
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": installed("triton"),
         "timm": installed("timm"),
         "threads": torch.get_num_threads(),
-        "commit": commit,
+        "commit": commit(),
         "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

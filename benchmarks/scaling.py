@@ -9,7 +9,7 @@ from drifa_attn import MFA, MIFA
 from .common import DTYPES, Case, Options, Setup, text
 from .rows import Row
 
-STEPS = (1, 2, 4, 8)  # what a size is multiplied by
+STEPS = (1, 2, 4)  # what a size is multiplied by
 AXES = ("batch", "side", "channels", "modalities")
 
 
@@ -35,7 +35,7 @@ def grown(axis: str, base: tuple[int, ...], step: int) -> tuple[tuple[int, ...],
 
 def cases(options: Options) -> Iterator[list[Case]]:
     """One axis after the other, all its steps side by side."""
-    for base in options.sizes([(2, 32, 14, 14)], [(16, 64, 14, 14)]):
+    for base in options.sizes([(4, 64, 28, 28)], [(32, 64, 28, 28)]):
         for axis in AXES:
             group = []
             for step in STEPS:

@@ -10,14 +10,16 @@ import torch
 import drifa_attn
 
 from .common import Options, run
-from .layers import OURS, PEERS, RESNET18, RESNET50, stages
+from .layers import RESNET18, RESNET50, stages
 from .rows import RESULTS, device_name, slug
+from .wrap import NETWORKS, PEERS
 
 LIBRARY = ("eager", "auto")  # the equations, and what the library makes of them
 WITH_PEERS = (*LIBRARY, "peers")
 PAIRED = ("resnet50 plain", "resnet50 SE", "resnet50 CBAM", "resnet50 MFA")
 TRAINED = (*PAIRED, "resnet50 MFA block", "resnet18 plain", "resnet18 MFA block dense")
-IMAGES = (8, 3, 224, 224)
+OTHERS = tuple(f"{name} {way}" for name in NETWORKS for way in (*PEERS, "MFA", "MFA paper") if f"{name} {way}" not in PAIRED)
+IMAGES = (4, 3, 224, 224)
 
 
 def on_cpu(start: Options) -> Iterator[tuple[str, Options]]:
@@ -27,12 +29,11 @@ def on_cpu(start: Options) -> Iterator[tuple[str, Options]]:
     yield "layers", replace(start, providers=(*WITH_PEERS, "fused"), shapes=stages(8, RESNET18[:1]))
     yield "net", replace(start, providers=LIBRARY, seconds=4)
     yield "wrap", replace(start, ops=PAIRED, providers=WITH_PEERS, modes=("forward",), seconds=3)
-    yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",), shapes=(IMAGES,), seconds=2)
+    yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",), shapes=(IMAGES,))
     yield "scaling", replace(start, providers=LIBRARY, seconds=0.5)
-    yield "ops", replace(start, providers=("eager", "fused"), shapes=stages(8, RESNET18), seconds=0.5)
+    yield "ops", replace(start, providers=("eager", "fused"), shapes=stages(8, RESNET18[:2]), seconds=0.5)
     yield "layers", replace(start, ops=("MFA",), providers=("compile",), shapes=stages(8, RESNET18[:1]))
-    others = ("[!r]* plain", "[!r]* SE", "[!r]* CBAM", "[!r]* MFA", "[!r]* MFA paper")
-    yield "wrap", replace(start, ops=("resnet18 *", *others), providers=WITH_PEERS, modes=("forward",), seconds=0.5)
+    yield "wrap", replace(start, ops=OTHERS, providers=("auto", "peers"), modes=("forward",), seconds=0.5)
 
 
 def on_gpu(start: Options) -> Iterator[tuple[str, Options]]:
@@ -46,9 +47,8 @@ def on_gpu(start: Options) -> Iterator[tuple[str, Options]]:
     yield "net", replace(start, providers=LIBRARY)
     yield "scaling", replace(start, providers=LIBRARY)
     yield "ops", replace(start, providers=("eager", "fused"), shapes=stages(64, RESNET18, RESNET50))
-    others = ("[!r]* plain", "[!r]* SE", "[!r]* CBAM", "[!r]* MFA", "[!r]* MFA paper")
-    yield "wrap", replace(start, ops=("resnet18 *", *others), providers=WITH_PEERS, modes=("forward",))
-    yield "layers", replace(start, ops=(*OURS[1:], *PEERS), providers=(*LIBRARY, "peers"), shapes=rest)
+    yield "wrap", replace(start, ops=OTHERS, providers=("auto", "peers"))
+    yield "layers", replace(start, providers=("peers",), shapes=rest)
 
 
 def bench(device: torch.device, suites: Mapping[str, ModuleType], deadline: float) -> Path:
