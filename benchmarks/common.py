@@ -179,10 +179,18 @@ def errors(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 
 
 class Reference:
-    """The float64 results of one op of a group, and the errors of eager's gradients, computed when first needed."""
+    """What the providers of one op of a group share: float64 results, the errors of eager's gradients, the equations' cost."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str, bool], tuple[list[Tensor], list[Tensor], list[float]]] = {}
+        self.costs: dict[tuple[str, str, str], measure.Cost] = {}
+
+    def cost(self, case: Case, setup: Setup, mode: str) -> measure.Cost:
+        """FLOPs and bytes of the equations."""
+        key = (case.op, case.shape, mode)
+        if key not in self.costs:
+            self.costs[key] = switched("0", measure.cost, setup.exact or setup.module, setup.args, mode)
+        return self.costs[key]
 
     def get(self, case: Case, setup: Setup, gradients: bool) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """Float64 outputs, float64 gradients, and the errors of eager's gradients."""
@@ -256,7 +264,7 @@ def prepare(case: Case, mode: str, row: Row, options: Options, reference: Refere
     once()  # compiles, and allocates an optimizer's state
     peak = measure.memory(once, options.device).peak
     kept = measure.kept(run, setup.args, options.device) / MIB if mode != "forward" else None
-    flops, moved = switched("0", measure.cost, setup.exact or setup.module, setup.args, mode)
+    flops, moved = reference.cost(case, setup, mode)
     params = sum(p.numel() for p in setup.module.parameters())
     return Prepared(once, replace(row, peak=peak / MIB, kept=kept, params=params, flops=flops, bytes=moved))
 
