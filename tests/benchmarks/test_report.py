@@ -76,6 +76,7 @@ def test_a_met_target_says_so_and_a_missed_one_where():
 def test_rows_of_one_device_are_never_compared_with_another():
     gpu = replace(ROW, provider="auto", p50=1.0, device=GPU)
     assert judged("CPU forward of MFA", [ROW, gpu])[1] == ""
+    assert judged("CPU forward of MFA", [replace(ROW, device=GPU), gpu])[1] == ""
     assert judged("GPU forward, bf16, batch 64, c = 64", [ROW, gpu], gpu=True) == (NO_GPU, "")
 
 
