@@ -24,7 +24,7 @@ from drifa_attn.functional import Linear
 from drifa_attn.layout import Layout, positions, scale
 
 from . import register
-from .dispatch import Choice, choose, fused
+from .dispatch import Choice, choose, fused, plain
 
 __all__ = ["Choice", "explain", "fused", "gate", "mfa", "mfa_stats", "mifa", "mifa_stats"]
 
@@ -66,7 +66,7 @@ def gate(x: Tensor, factor: Tensor, layout: Layout = "b c ...", prefix: int = 0)
         product is rounded once.
     Differs: none.
     """
-    if choose(positions(x, layout), factor.shape[1]).path == "eager":
+    if plain(positions(x, layout), factor.shape[1]):
         return scale(x, factor, layout, prefix)
     return register.gate(x, factor, layout, prefix)
 
@@ -84,7 +84,7 @@ def mfa(
     """`functional.mfa` by the implementation `choose` names."""
     *convs, hifa_dense = hifa_weights
     clia_conv, clia_dense = clia_weights
-    if choose(x, local_scale.shape[0]).path == "eager":
+    if plain(x, local_scale.shape[0]):
         return functional.mfa(x, hifa_weights, clia_weights, global_scale, local_scale, squeeze=squeeze, expand=expand)
     with functional.exact(x):
         h1, h2, h3, h4, p = mfa_stats(x, [*convs, clia_conv], squeeze).unbind(0)
@@ -104,7 +104,7 @@ def mifa(
     expands: Sequence[Linear] | None = None,
 ) -> list[Tensor]:
     """`functional.mifa` by the implementation `choose` names for its largest modality."""
-    if choose(largest(xs), local_scale.shape[0]).path == "eager":
+    if plain(largest(xs), local_scale.shape[0]):
         weights = (mgifa_dense, mlifa_convs, global_scale, local_scale)
         return functional.mifa(xs, *weights, present=present, squeezes=squeezes, expands=expands)
     masks: Sequence[Tensor | None] = [None] * len(xs) if present is None else present.unbind(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drifa_attn.functional import exact
 
-from . import lean
+from . import launch, lean
 
 Mode = Literal["auto", "0", "1"]
 MODES = ("auto", "0", "1")
@@ -85,37 +85,41 @@ def plain_needed(x: Tensor) -> str | None:
 
 def kernels(x: Tensor, width: int | None) -> tuple[bool, str]:
     """Whether the Triton kernels take this `b c n` (without a width, the gate alone), and why (not)."""
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" and not launch.interpreting():
         return False, f"on {x.device.type} the lean ops are the fused ones"
-    try:
-        launch = import_module(".launch", __package__)  # imports no triton itself
-    except ModuleNotFoundError:
-        return False, "the Triton kernels are not installed"
     reason = launch.supports_gate(x) if width is None else launch.supports(x, width)
     return reason is None, reason or f"Triton takes {x.dtype} at width {width}"
 
 
+def plain(x: Tensor, width: int) -> str | None:
+    """Why `b c n` features take the plain equations at a width, or None. All of it can be compiled, unlike `kernels`."""
+    if _State.mode == "0":
+        return "DRIFA_FUSED is 0"
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "a traced or ONNX graph cannot hold the fused ops"
+    if _State.mode == "1":
+        return None
+    reason = plain_needed(x)
+    if reason:
+        return reason
+    if x.device.type not in ("cpu", "cuda"):
+        return f"fused ops are not measured on {x.device.type}"
+    if x.device.type == "cpu":
+        elements = x.shape[0] * x.shape[2] * max(x.shape[1], width)
+        if x.shape[2] == 1:
+            return "one position a sample: nothing to pool"
+        if elements < SMALL:
+            return f"a map of {elements} elements is small: fewer than {SMALL}"
+    return None
+
+
 def choose(x: Tensor, width: int) -> Choice:
     """The implementation for the statistics of `b c n` features at a width."""
-    mode = _State.mode
-    if mode == "0":
-        return Choice("eager", "DRIFA_FUSED is 0")
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return Choice("eager", "a traced or ONNX graph cannot hold the fused ops")
-    if mode == "auto":
-        plain = plain_needed(x)
-        if plain:
-            return Choice("eager", plain)
-        if x.device.type not in ("cpu", "cuda"):
-            return Choice("eager", f"fused ops are not measured on {x.device.type}")
-        if x.device.type == "cpu":
-            elements = x.shape[0] * x.shape[2] * max(x.shape[1], width)
-            if x.shape[2] == 1:
-                return Choice("eager", "one position a sample: nothing to pool")
-            if elements < SMALL:
-                return Choice("eager", f"a map of {elements} elements is small: fewer than {SMALL}")
+    reason = plain(x, width)
+    if reason:
+        return Choice("eager", reason)
     ok, reason = kernels(x, width)
-    return Choice("triton" if ok else "lean", reason if mode == "auto" else f"DRIFA_FUSED is 1; {reason}")
+    return Choice("triton" if ok else "lean", reason if _State.mode == "auto" else f"DRIFA_FUSED is 1; {reason}")
 
 
 def implementation(x: Tensor, width: int, kind: str) -> ModuleType:

@@ -5,6 +5,7 @@ compiler makes of them (`make kernels` prints registers, spills and shared memor
 configuration here spills or uses a stack. Rows are looked up by kernel, bytes of an operand and compute capability.
 """
 
+import functools
 import importlib.metadata
 import os
 from typing import NamedTuple
@@ -57,6 +58,7 @@ def tf32_allowed() -> bool:
     return matmul.allow_tf32
 
 
+@functools.cache  # looking a version up takes longer than a small kernel
 def triton_missing() -> str | None:
     """Why triton cannot be used, or None."""
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from drifa_attn.functional import vector_dtype
 from drifa_attn.layout import Layout, positions
 
-from . import lean
+from . import flops, lean
 from .dispatch import implementation, kernels, undisturbed
 
 Weights = Sequence[Tensor]
@@ -208,3 +208,4 @@ mfa_stats.register_autograd(mfa_gradients, setup_context=keep)
 mifa_stats.register_autograd(mifa_gradients, setup_context=keep)
 mfa_stats_backward.register_autograd(refuse)
 mifa_stats_backward.register_autograd(refuse)
+flops.register_when_imported()
