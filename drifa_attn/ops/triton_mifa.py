@@ -140,6 +140,7 @@ def mifa_forward(
     of t, before σ).
     """
     b, d, n = x.shape[0], weight.shape[0], x.shape[2]
+    present = None if present is None else present.contiguous()  # a column of all modalities' has a stride
     z = squeezed_map(x, squeeze_weight, squeeze_bias, present)
     tile = config.pools(z, d)
     chunks = triton.cdiv(n, tile.positions * tile.tiles)

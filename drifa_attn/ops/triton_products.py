@@ -324,5 +324,6 @@ def summed(gradients: Iterable[list[Tensor]]) -> list[Tensor]:
 
 
 def cast_like(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Each gradient in the dtype of its tensor; None where there is none."""
-    return [None if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+    """Each gradient in the dtype of its tensor and in memory of its own; None where there is none."""
+    pairs = zip(gradients, tensors, strict=True)
+    return [None if t is None or g is None else torch.empty_like(t).copy_(g) for g, t in pairs]

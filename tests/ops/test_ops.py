@@ -216,19 +216,55 @@ def test_ops_pass_opcheck(squeezed):
     torch.library.opcheck(register.gate, (x, torch.rand(2, c, requires_grad=True), "b c ...", 0))
 
 
+def assert_compiles(module, args, backend):
+    """One graph, without a break, that gives the outputs and gradients of the module itself."""
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    leaves = [*module.parameters(), *listed(args[0])]
+    ys = listed(compiled(*args))
+    for y, e in zip(ys, listed(module(*args)), strict=True):
+        assert_same_math(y, e)
+    for grad, e in zip(torch.autograd.grad(loss(ys), leaves), gradients(module, args), strict=True):
+        assert_same_math(grad, e, rel=1e-4)
+
+
 @EVERY
 def test_fused_compiles_whole(name):
-    torch._dynamo.reset()
-    case = CASES[name]
-    module, args = case.module(), case.args(3, grad=True)
     with ops.fused("1"):
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        leaves = [*module.parameters(), *listed(args[0])]
-        ys = listed(compiled(*args))
-        for y, e in zip(ys, listed(module(*args)), strict=True):
-            assert_same_math(y, e)
-        for grad, e in zip(torch.autograd.grad(loss(ys), leaves), gradients(module, args), strict=True):
-            assert_same_math(grad, e, rel=1e-4)
+        assert_compiles(CASES[name].module(), CASES[name].args(3, grad=True), "aot_eager")
+
+
+def test_auto_compiles_whole():
+    """Whether fused or plain, as the shape has it."""
+    mfa = perturb_(MFA(16))
+    for size, path in ((40, "lean"), (4, "eager")):
+        x = torch.randn(8, 16, size, size, requires_grad=True)
+        assert ops.explain(mfa, x).path == path
+        assert_compiles(mfa, (x,), "aot_eager")
+
+
+@pytest.mark.slow  # most of the time is the C++ compiler's
+@pytest.mark.parametrize("mode", ["1", "auto"])
+def test_fused_compiles_whole_with_inductor(mode):
+    mfa, mifa = perturb_(MFA(16, reduction=2)), perturb_(MIFA(16))
+    xs = [torch.randn(8, 16, size, size, requires_grad=True) for size in (40, 36)]
+    assert ops.explain(mfa, xs[0]).path == ops.explain(mifa, xs).path == "lean"
+    with ops.fused(mode):
+        assert_compiles(mfa, (xs[0],), "inductor")
+        assert_compiles(mifa, (xs,), "inductor")
+
+
+def test_compiled_graphs_hold_the_ops():
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph
+
+    with ops.fused("1"):
+        torch.compile(MFA(8), fullgraph=True, backend=keep)(torch.randn(2, 8, 30))
+    names = {str(node.target) for node in graphs[0].graph.nodes}
+    assert {"drifa_attn.mfa_stats.default", "drifa_attn.gate.default"} <= names, names
 
 
 def test_exported_graphs_need_no_library_unless_asked():
