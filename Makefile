@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint matrix bench clean
+.PHONY: demo test lint matrix bench kernels clean
 
 demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
@@ -20,6 +20,9 @@ matrix: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks bench
+
+kernels: .venv/dev
+	$(BIN)/python -m benchmarks.kernels
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist outputs

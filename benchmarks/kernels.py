@@ -227,7 +227,12 @@ def table(results: Iterable[Code | tuple[Launch, str]]) -> str:
     return "\n".join(lines)
 
 
-def report(results: list[Code | tuple[Launch, str]], only: str) -> str:
+def named(values: Iterable[str]) -> str:
+    """The distinct values in the order they come."""
+    return ", ".join(dict.fromkeys(values))
+
+
+def report(results: list[Code | tuple[Launch, str]], chosen: list[Launch]) -> str:
     """The file `benchmarks/kernels.md`."""
     triton = importlib.import_module("triton")
     codes = [result for result in results if isinstance(result, Code)]
@@ -235,13 +240,16 @@ def report(results: list[Code | tuple[Launch, str]], only: str) -> str:
     spilling = [code for code in codes if code.spills or code.stack]
     inner = sum(code in forward for code in spilling)
     day = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
-    shared = max(code.shared for code in codes)
+    capabilities = named(str(launch.capability / 10) for launch in chosen)
+    inputs = named(launch.label.partition(" @ ")[2] for launch in chosen)
     return f"""# The Triton kernels, compiled
 
 Written by `python -m benchmarks.kernels` on {day} with torch {torch.__version__}, triton {triton.__version__}.
-No GPU took part, and none of this is a timing. Launches of ops whose label contains "{only}": {len(results)},
-of which {len(results) - len(codes)} do not compile. Of {len(forward)} forward launches {inner} spill or use a stack,
-of the other {len(codes) - len(forward)} {len(spilling) - inner}. The largest shared memory is {shared} bytes.
+No GPU took part, and none of this is a timing. {len(results)} distinct launches for compute capability {capabilities}
+and inputs (positions, layout, dtype) {inputs}:
+{len(results) - len(codes)} do not compile. Of {len(forward)} forward launches {inner} spill or use a stack,
+of the other {len(codes) - len(forward)} {len(spilling) - inner}, at most {max(code.stack for code in codes)} bytes of it a thread.
+The largest shared memory is {max(code.shared for code in codes)} bytes.
 A launch is listed under the first op that makes it.
 
 {table(results)}
@@ -265,7 +273,7 @@ def main() -> None:
             results.append(result)
             print(f"{len(results)} of {len(chosen)}", end="\r", file=sys.stderr)
     print(table(results))
-    options.out.write_text(report(results, options.only))
+    options.out.write_text(report(results, chosen))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ CHAIN = {
     },
 }
 # Padded width -> configuration, for gradients multiplied in 2 bytes; in 4, and at 64 on 8.0, spills are heavy. At 64 on 9.0
-# some remain: smaller tiles would spill less, but read all weights more often.
+# some remain (a stack of 192 bytes): half the tile leaves 32 of them, but reads all weights twice as often.
 CHAIN_BACK = {
     90: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8), 64: Chain(32, 1, 4)},
     80: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8)},

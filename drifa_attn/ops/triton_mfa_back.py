@@ -85,10 +85,6 @@ def chain_back_kernel(
         at4 = tl.load(where + (b * 2 + 1) * D + row)[:, None] == p[None, :]
         none = tl.zeros((D, POSITIONS), tl.float32)
         a = tl.load(z + b * z_b + row[:, None] * z_c + p[None, :] * z_n, mask=mask, other=0.0)
-        t = sigmoid(product(weight_tile(w, 4, D), a, none, PRECISION) + vector(v, 4, D))
-        ql = tl.where(ok, vector(g, 4, D) * t * (1.0 - t), 0.0)
-        dbl += tl.sum(ql, 1)
-        ql = rounded(ql, Q)
         h1 = rounded(sigmoid(product(weight_tile(w, 0, D), a, none, PRECISION) + vector(v, 0, D)), dtype)
         h2 = sigmoid(product(weight_tile(w, 1, D), h1, none, PRECISION) + vector(v, 1, D))
         h12 = rounded(h1.to(tl.float32) + h2, dtype)
@@ -110,9 +106,13 @@ def chain_back_kernel(
         db1 += tl.sum(q, 1)
         q = rounded(q, Q)
         dw1 = product(q, tl.trans(a), dw1, PRECISION)
-        dwl = product(ql, tl.trans(a), dwl, PRECISION)
         down = product(tl.trans(weight_tile(w, 0, D)), q, none, PRECISION)
-        down = product(tl.trans(weight_tile(w, 4, D)), ql, down, PRECISION)
+        t = sigmoid(product(weight_tile(w, 4, D), a, none, PRECISION) + vector(v, 4, D))
+        q = tl.where(ok, vector(g, 4, D) * t * (1.0 - t), 0.0)
+        dbl += tl.sum(q, 1)
+        q = rounded(q, Q)
+        dwl = product(q, tl.trans(a), dwl, PRECISION)
+        down = product(tl.trans(weight_tile(w, 4, D)), q, down, PRECISION)
         there = dz + b * dz_b + row[:, None] * dz_c + p[None, :] * dz_n
         tl.store(there, rounded(down, dz.dtype.element_ty), mask=mask)
     slab = slabs + tl.program_id(0).to(tl.int64) * 4 * D * D + row[:, None] * D + row[None, :]
