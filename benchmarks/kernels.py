@@ -238,7 +238,7 @@ def report(results: list[Code | tuple[Launch, str]], chosen: list[Launch]) -> st
     codes = [result for result in results if isinstance(result, Code)]
     forward = [code for code in codes if code.launch.kernel in FORWARD]
     spilling = [code for code in codes if code.spills or code.stack]
-    inner = sum(code in forward for code in spilling)
+    inner, stack = sum(code in forward for code in spilling), max(code.stack for code in codes)
     day = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
     capabilities = named(str(launch.capability / 10) for launch in chosen)
     inputs = named(launch.label.partition(" @ ")[2] for launch in chosen)
@@ -248,7 +248,7 @@ Written by `python -m benchmarks.kernels` on {day} with torch {torch.__version__
 No GPU took part, and none of this is a timing. {len(results)} distinct launches for compute capability {capabilities}
 and inputs (positions, layout, dtype) {inputs}:
 {len(results) - len(codes)} do not compile. Of {len(forward)} forward launches {inner} spill or use a stack,
-of the other {len(codes) - len(forward)} {len(spilling) - inner}, at most {max(code.stack for code in codes)} bytes of it a thread.
+of the other {len(codes) - len(forward)} {len(spilling) - inner}, at most {stack} bytes of it a thread.
 The largest shared memory is {max(code.shared for code in codes)} bytes.
 A launch is listed under the first op that makes it.
 

@@ -44,9 +44,7 @@ def mifa_stats(x: Shape, weight: Shape, bias: Any, squeeze: Shape | None, *rest:
     return products(x, weight[0], 1, squeeze, 1)
 
 
-def mifa_stats_backward(
-    grads: Shape, x: Shape, weight: Shape, bias: Any, squeeze: Shape | None, *rest: Any, **out: Any
-) -> int:
+def mifa_stats_backward(grads: Shape, x: Shape, weight: Shape, bias: Any, squeeze: Shape | None, *rest: Any, **out: Any) -> int:
     """One product recomputed, and two for its gradients."""
     return products(x, weight[0], 1 + 2, squeeze, 1 + 2)
 

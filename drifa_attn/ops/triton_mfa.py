@@ -6,6 +6,7 @@ Differs: the gradient of a maximum goes to the first of tied positions alone, ti
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,7 @@ def chain_forward(
     (b, c, n), d = x.shape, weights[0].shape[0]
     padded = config.power_of_two(d)
     squeezed = squeeze_weight is not None
+    squeeze = None if squeeze_weight is None else F.pad(squeeze_weight.to(x.dtype), [0, 0, 0, padded - d])
     chosen = config.chain(x, padded, (unbounded(x) if squeezed else x.dtype).itemsize)
     chunks = triton.cdiv(n, chosen.positions * chosen.tiles)
     parts, spots = partials(x, POOLS, chunks, padded)
@@ -148,8 +150,8 @@ def chain_forward(
         x=x,
         weights=packed(weights, padded, x.dtype),
         biases=packed(biases, padded, torch.float32),
-        squeeze=F.pad(squeeze_weight.to(x.dtype), [0, 0, 0, padded - d]) if squeezed else None,
-        squeeze_bias=F.pad(squeeze_bias.float(), [0, padded - d]) if squeezed else None,
+        squeeze=squeeze,
+        squeeze_bias=None if squeeze_bias is None else F.pad(squeeze_bias.float(), [0, padded - d]),
         parts=parts,
         spots=spots,
         n=n,
@@ -205,7 +207,7 @@ def mfa_forward(
 
 
 def layerwise_core(
-    z: Tensor, weights: Weights, biases: Weights, grads: Sequence[Tensor], where: Tensor, dz: Tensor
+    z: Tensor, weights: Weights, biases: Weights, grads: Tensor, where: Tensor, dz: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Write the gradient of `z` to `dz`; those of the five weights and biases, in float32: one product after the other.
 
@@ -249,8 +251,8 @@ def mfa_backward(
     g1, g2, g3, g4, gl = grads.float().contiguous()
     reaching = torch.stack([g1 / n, g2, g3 / n, g4 * stats[3] * (1 - stats[3]), gl / n])
     weights_, biases_ = [w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases]
-    fused = config.chain_back(x, config.power_of_two(d)) is not None
-    core = chain_backward if fused else layerwise_core
+    chain = config.chain_back(x, config.power_of_two(d))
+    core = layerwise_core if chain is None else partial(chain_backward, chain)
 
     def samples(s: slice) -> list[Tensor]:
         z = squeezed_map(x[s], squeeze_weight, squeeze_bias)
@@ -260,7 +262,10 @@ def mfa_backward(
         return [*dw, *db, *through]
 
     # without a squeeze the fused core writes no map of its own, so that the batch need not be cut
-    parts = [slice(None)] if fused and squeeze_weight is None else sample_chunks(x, d)
+    parts = [slice(None)] if chain and squeeze_weight is None else sample_chunks(x, d)
     gradients = summed(samples(s) for s in parts)
-    dsw, dsb = cast_like(gradients[10:] or [None, None], [squeeze_weight, squeeze_bias])
-    return dx, cast_like(gradients[:5], weights), cast_like(gradients[5:10], biases), dsw, dsb
+    dw, db = cast_like(gradients[:5], weights), cast_like(gradients[5:10], biases)
+    if squeeze_weight is None or squeeze_bias is None:
+        return dx, dw, db, None, None
+    dsw, dsb = cast_like(gradients[10:], [squeeze_weight, squeeze_bias])
+    return dx, dw, db, dsw, dsb

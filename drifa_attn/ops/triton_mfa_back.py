@@ -139,14 +139,19 @@ def conv4_gradient(z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
 
 
 def chain_backward(
-    z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], grads: Sequence[Tensor], where: Tensor, dz: Tensor
+    chosen: config.Chain,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    grads: Tensor,
+    where: Tensor,
+    dz: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Write the gradient of `z` to `dz`; those of the five weights and biases, in float32.
 
     weights in the dtype of the products, biases float32; grads `5 b d` as `chain_back_kernel` takes them.
     """
     (b, d, n), padded = z.shape, config.power_of_two(weights[0].shape[0])
-    chosen = config.chain_back(z, padded)
     tiles = triton.cdiv(n, chosen.positions)
     per_program = triton.cdiv(b * tiles, config.PROGRAMS)
     programs = triton.cdiv(b * tiles, per_program)
@@ -159,7 +164,7 @@ def chain_backward(
         z=z,
         weights=packed(weights, padded, weights[0].dtype),
         biases=packed(biases, padded, torch.float32),
-        grads=F.pad(torch.stack(list(grads), 1), [0, padded - d]),
+        grads=F.pad(grads.transpose(0, 1), [0, padded - d]).contiguous(),
         where=F.pad(where.transpose(0, 1), [0, padded - d], value=-1).contiguous(),
         dz=dz,
         slabs=slabs,

@@ -211,6 +211,9 @@ def mifa_backward(
             dx[s].masked_fill_(~has, 0)
         return gradients
 
-    dw, db, *rest = summed(samples(s) for s in sample_chunks(x, weight.shape[0]))
-    dsw, dsb = rest or (None, None)
-    return dx, *cast_like((dw, db, dsw, dsb), (weight, bias, squeeze_weight, squeeze_bias))
+    dw, db, *through = summed(samples(s) for s in sample_chunks(x, weight.shape[0]))
+    own = cast_like((dw, db), (weight, bias))
+    if squeeze_weight is None or squeeze_bias is None:
+        return dx, own[0], own[1], None, None
+    dsw, dsb = cast_like(through, (squeeze_weight, squeeze_bias))
+    return dx, own[0], own[1], dsw, dsb

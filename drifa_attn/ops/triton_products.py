@@ -323,7 +323,6 @@ def summed(gradients: Iterable[list[Tensor]]) -> list[Tensor]:
     return reduce(lambda total, more: [t + m for t, m in zip(total, more, strict=True)], gradients)
 
 
-def cast_like(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Each gradient in the dtype of its tensor and in memory of its own; None where there is none."""
-    pairs = zip(gradients, tensors, strict=True)
-    return [None if t is None or g is None else torch.empty_like(t).copy_(g) for g, t in pairs]
+def cast_like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each gradient in the dtype of its tensor and in memory of its own."""
+    return [torch.empty_like(t).copy_(g) for g, t in zip(gradients, tensors, strict=True)]

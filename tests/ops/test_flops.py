@@ -28,7 +28,7 @@ def counted(run):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_products_are_counted(name):
-    """Forward as many as the plain equations have; backward what is computed anew as well, but of the maxima one row a channel."""
+    """Forward as many as the plain equations have; backward what is computed anew as well, but only a row for each maximum."""
     layer, x, forward, backward = LAYERS[name]
     d, squeezes = (D, len(listed(x))) if "reduced" in name else (C, 0)
     with ops.fused("0"):

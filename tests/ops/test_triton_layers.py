@@ -80,8 +80,8 @@ def test_ops_pass_opcheck():
         return (torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_()
 
     d, c = 24, 40
-    x, square, vector = leaf(2, c, 9), leaf(d, d), leaf(d)
-    given = [leaf(d, d) for _ in range(5)], [leaf(d) for _ in range(5)], leaf(d, c), leaf(d)
-    torch.library.opcheck(register.mfa_stats, (x, *given, True))
-    torch.library.opcheck(register.mifa_stats, (x, square, vector, leaf(d, c), leaf(d), torch.ones(2, device=DEVICE).bool(), True))
+    x, squeeze, present = leaf(2, c, 9), (leaf(d, c), leaf(d)), torch.ones(2, device=DEVICE).bool()
+    weights, biases = [leaf(d, d) for _ in range(5)], [leaf(d) for _ in range(5)]
+    torch.library.opcheck(register.mfa_stats, (x, weights, biases, *squeeze, True))
+    torch.library.opcheck(register.mifa_stats, (x, weights[0], biases[0], *squeeze, present, True))
     torch.library.opcheck(register.gate, (leaf(2, 9, c), leaf(2, c), "b ... c", 2))
