@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: where they run, the equations they are held to, and how close.
+"""What the tests of the fused ops share: where they run, the equations they are held to, and how close.
 
 Triton decides between compiler and interpreter when it is imported, so a file's tests run twice: here on a GPU, and in a
 process of their own in the interpreter, on the CPU.
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests._compare import max_abs
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETING else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 on_kernels = pytest.mark.skipif(False, reason="") if INTERPRETING else pytest.mark.cuda
 outside = pytest.mark.skipif(INTERPRETING, reason="this is the interpreter's process")
 
@@ -50,8 +50,8 @@ class Problem(NamedTuple):
         return self.c if self.d is None else self.d
 
     def numbers(self, *shape, scale=1.0):
-        """The next random numbers, float32."""
-        return (scale * torch.randn(shape, generator=self.generator)).to(DEVICE)
+        """The next random numbers, float32, that the problem's dtype holds without rounding: no error is that of the inputs."""
+        return (scale * torch.randn(shape, generator=self.generator)).to(self.dtype).float().to(DEVICE)
 
     def tensors(self):
         """x, the five weights and biases, and the squeeze."""
@@ -120,3 +120,101 @@ def assert_no_worse(actual, eager, exact, dtype, times, name):
     bound = times * max(max_abs(eager - exact), rounding)
     assert max_abs(exact) == 0 or bound < 0.2 * max_abs(exact), f"{name}: bound {bound:.1e} lets anything pass"
     assert max_abs(actual - exact) <= bound, f"{name}: error {max_abs(actual - exact):.2e} > {bound:.2e}"
+
+
+def mfa_maps(x, weights, biases, squeeze_weight, squeeze_bias):
+    """h1, z2, h2, h3, z4, h4 and t of SPEC's equations."""
+    z = x if squeeze_weight is None else lin(squeeze_weight, squeeze_bias, x)
+    conv1, conv2, conv3, conv4, local = zip(weights, biases, strict=True)
+    h1 = lin(*conv1, z).sigmoid()
+    z2 = lin(*conv2, h1)
+    h3 = lin(*conv3, h1 + z2.sigmoid()).sigmoid()
+    z4 = lin(*conv4, h3)
+    return h1, z2, h3, z4, lin(*local, z).sigmoid()
+
+
+def mfa_equations(where):
+    """The five statistics, the maxima read where the kernel found them."""
+
+    def stats(*inputs):
+        h1, z2, h3, z4, t = mfa_maps(*inputs)
+        wide = torch.promote_types(h1.dtype, torch.float32)
+        vectors = (h1.mean(2), at(z2, where[0]).sigmoid(), h3.mean(2), at(z4, where[1]).sigmoid(), t.mean(2))
+        return torch.stack([vector.to(wide) for vector in vectors])
+
+    return stats
+
+
+def as_float64(inputs):
+    return [[one.double() for one in t] if isinstance(t, list) else t if t is None else t.double() for t in inputs]
+
+
+def check_forward(problem, forward):
+    inputs = problem.tensors()
+    stats, where = forward(*inputs)
+    assert stats.shape == (5, problem.b, problem.width)
+    assert (stats.dtype, where.dtype) == (torch.float32, torch.int32)
+    h1, z2, h3, z4, t = mfa_maps(*as_float64(inputs))
+    exact = torch.stack([h1.mean(2), z2.amax(2).sigmoid(), h3.mean(2), z4.amax(2).sigmoid(), t.mean(2)])
+    eager, _ = gradients(mfa_equations(where), inputs, stats, problem.dtype)
+    assert_no_worse(stats, eager, exact, problem.dtype, 2, "stats")
+    found = torch.stack([at(z2, where[0]).sigmoid(), at(z4, where[1]).sigmoid()])
+    assert_no_worse(found, eager[1::2], exact[1::2], problem.dtype, 4, "where")
+
+
+def check_backward(problem, mfa):
+    inputs = problem.tensors()
+    stats, where = mfa.mfa_forward(*inputs)
+    grads = problem.numbers(*stats.shape)
+    results = mfa.mfa_backward(grads, *inputs, stats, where)
+    assert results[0].dtype == problem.dtype
+    assert results[0].stride() == torch.empty_like(inputs[0]).stride()
+    _, exact = gradients(mfa_equations(where), inputs, grads, torch.float64)
+    _, eager = gradients(mfa_equations(where), inputs, grads, problem.dtype)
+    for place, values in enumerate(zip(flat(results), eager, exact, strict=True)):
+        assert_no_worse(*values, problem.dtype, 3, f"gradient {place}")
+
+
+def mifa_maps(x, weight, bias, squeeze_weight, squeeze_bias, present):
+    """z, and t before σ; an absent sample is zeros."""
+    x = x if present is None else torch.where(present[:, None, None], x, 0)
+    z = x if squeeze_weight is None else lin(squeeze_weight, squeeze_bias, x)
+    return z, lin(weight, bias, z)
+
+
+def mifa_equations(where):
+    """The six statistics, the extrema read where the kernel found them."""
+
+    def stats(*inputs):
+        z, t = mifa_maps(*inputs)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        low_t, top_t = at(t, where[2]).sigmoid(), at(t, where[3]).sigmoid()
+        vectors = (at(z, where[0]), z.mean(2), at(z, where[1]), low_t, t.sigmoid().mean(2), top_t)
+        return torch.stack([vector.to(wide) for vector in vectors])
+
+    return stats
+
+
+def check_mifa(problem, mifa, *, masked):
+    x, [weight, *_], [bias, *_], *squeeze = problem.tensors()
+    present = None
+    if masked:
+        present = torch.arange(problem.b, device=DEVICE) % 2 == 0
+        x[~present] = torch.nan
+    inputs = (x, weight, bias, *squeeze, present)
+    stats, where = mifa.mifa_forward(*inputs)
+    assert (stats.dtype, where.dtype) == (torch.float32, torch.int32)
+    z, t = mifa_maps(*(i if i is None or i.dtype == torch.bool else i.double() for i in inputs))
+    low_t, top_t = t.amin(2).sigmoid(), t.amax(2).sigmoid()
+    exact = torch.stack([z.amin(2), z.mean(2), z.amax(2), low_t, t.sigmoid().mean(2), top_t])
+    grads = problem.numbers(*stats.shape)
+    eager, eager_grads = gradients(mifa_equations(where), inputs, grads, problem.dtype)
+    for half, name in ((slice(0, 3), "z"), (slice(3, 6), "t")):
+        assert_no_worse(stats[half], eager[half], exact[half], problem.dtype, 2, f"stats of {name}")
+        found = mifa_equations(where)(*(i if i is None or i.dtype == torch.bool else i.double() for i in inputs))
+        assert_no_worse(found[half], eager[half], exact[half], problem.dtype, 4, f"where of {name}")
+    results = mifa.mifa_backward(grads, *inputs, stats, where)
+    assert results[0].stride() == torch.empty_like(x).stride()
+    _, exact_grads = gradients(mifa_equations(where), inputs, grads, torch.float64)
+    for place, values in enumerate(zip(flat(results), eager_grads, exact_grads, strict=True)):
+        assert_no_worse(*values, problem.dtype, 3, f"gradient {place}")

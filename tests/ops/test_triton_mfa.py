@@ -8,12 +8,10 @@ from tests.ops._fused import (
     DTYPES,
     INTERPRETING,
     Problem,
-    assert_no_worse,
-    at,
+    check_backward,
+    check_forward,
     flat,
-    gradients,
     interpret,
-    lin,
     on_kernels,
     outside,
     problems,
@@ -23,60 +21,6 @@ pytest.importorskip("triton")
 from drifa_attn.ops import triton_mfa  # noqa: E402  (imports triton, which may be missing)
 
 FORWARDS = {"chain": triton_mfa.mfa_forward, "layer-wise": triton_mfa.layerwise_forward}
-
-
-def maps(x, weights, biases, squeeze_weight, squeeze_bias):
-    """h1, z2, h2, h3, z4, h4 and t of SPEC's equations."""
-    z = x if squeeze_weight is None else lin(squeeze_weight, squeeze_bias, x)
-    conv1, conv2, conv3, conv4, local = zip(weights, biases, strict=True)
-    h1 = lin(*conv1, z).sigmoid()
-    z2 = lin(*conv2, h1)
-    h3 = lin(*conv3, h1 + z2.sigmoid()).sigmoid()
-    z4 = lin(*conv4, h3)
-    return h1, z2, h3, z4, lin(*local, z).sigmoid()
-
-
-def equations(where):
-    """The five statistics, the maxima read where the kernel found them."""
-
-    def stats(*inputs):
-        h1, z2, h3, z4, t = maps(*inputs)
-        wide = torch.promote_types(h1.dtype, torch.float32)
-        vectors = (h1.mean(2), at(z2, where[0]).sigmoid(), h3.mean(2), at(z4, where[1]).sigmoid(), t.mean(2))
-        return torch.stack([vector.to(wide) for vector in vectors])
-
-    return stats
-
-
-def as_float64(inputs):
-    return [[one.double() for one in t] if isinstance(t, list) else t if t is None else t.double() for t in inputs]
-
-
-def check_forward(problem, forward):
-    inputs = problem.tensors()
-    assert triton_mfa.supports(inputs[0], problem.width) is None
-    stats, where = forward(*inputs)
-    assert stats.shape == (5, problem.b, problem.width)
-    assert (stats.dtype, where.dtype) == (torch.float32, torch.int32)
-    h1, z2, h3, z4, t = maps(*as_float64(inputs))
-    exact = torch.stack([h1.mean(2), z2.amax(2).sigmoid(), h3.mean(2), z4.amax(2).sigmoid(), t.mean(2)])
-    eager, _ = gradients(equations(where), inputs, stats, problem.dtype)
-    assert_no_worse(stats, eager, exact, problem.dtype, 2, "stats")
-    found = torch.stack([at(z2, where[0]).sigmoid(), at(z4, where[1]).sigmoid()])
-    assert_no_worse(found, eager[1::2], exact[1::2], problem.dtype, 4, "where")
-
-
-def check_backward(problem):
-    inputs = problem.tensors()
-    stats, where = triton_mfa.mfa_forward(*inputs)
-    grads = problem.numbers(*stats.shape)
-    results = triton_mfa.mfa_backward(grads, *inputs, stats, where)
-    assert results[0].dtype == problem.dtype
-    assert results[0].stride() == torch.empty_like(inputs[0]).stride()
-    _, exact = gradients(equations(where), inputs, grads, torch.float64)
-    _, eager = gradients(equations(where), inputs, grads, problem.dtype)
-    for place, values in enumerate(zip(flat(results), eager, exact, strict=True)):
-        assert_no_worse(*values, problem.dtype, 3, f"gradient {place}")
 
 
 @outside
@@ -96,7 +40,7 @@ def test_forward_errs_at_most_twice_as_much_as_eager(forward, problem):
 @settings(max_examples=8)
 @given(problem=problems())
 def test_backward_errs_at_most_three_times_as_much_as_eager(problem):
-    check_backward(problem)
+    check_backward(problem, triton_mfa)
 
 
 @on_kernels
@@ -105,7 +49,7 @@ def test_backward_errs_at_most_three_times_as_much_as_eager(problem):
 def test_widths_of_every_path(c, d, dtype):
     problem = Problem(2, c, 60, d, "nhwc", dtype, 1)
     check_forward(problem, triton_mfa.mfa_forward)
-    check_backward(problem)
+    check_backward(problem, triton_mfa)
 
 
 @on_kernels
