@@ -37,15 +37,14 @@ def test_forward_errs_at_most_twice_as_much_as_eager(forward, problem):
 
 
 @on_kernels
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(problem=problems())
 def test_backward_errs_at_most_three_times_as_much_as_eager(problem):
     check_backward(problem, triton_mfa)
 
 
 @on_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("c", "d"), [(64, None), (80, 130)])
+@pytest.mark.parametrize(("c", "d", "dtype"), [*((64, None, dtype) for dtype in DTYPES), (80, 130, torch.bfloat16)])
 def test_widths_of_every_path(c, d, dtype):
     problem = Problem(2, c, 60, d, "nhwc", dtype, 1)
     check_forward(problem, triton_mfa.mfa_forward)
@@ -84,7 +83,7 @@ def test_results_are_deterministic_and_do_not_depend_on_the_layout(width):
 
 @on_kernels
 def test_samples_taken_a_few_at_a_time_give_the_same_gradients(monkeypatch):
-    problem = Problem(3, 144, 40, None, "nchw", torch.float16, 3)
+    problem = Problem(3, 80, 24, None, "nchw", torch.float16, 3)
     inputs = problem.tensors()
     stats, where = triton_mfa.mfa_forward(*inputs)
     whole = flat(triton_mfa.mfa_backward(stats, *inputs, stats, where))
