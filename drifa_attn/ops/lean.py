@@ -1,9 +1,9 @@
 """The fused ops in plain PyTorch, for any device: exact, in chunks, and nothing of a map's size kept for backward.
 
-Axes: `b` batch, `c` channels of x, `d` width attention works at (c without a squeeze), `n` positions. A chunk is a few samples,
-or a part of one large sample, small enough that its maps stay in the cache; backward computes it anew. Two savings pay for
-that: a maximum over positions commutes with σ, so h4 is never formed, and its gradient meets one position a channel, so
-conv4's two backward products are sums of b·d rows, not matrix products.
+Axes: `b` batch, `c` channels of x, `d` width attention works at (c without a squeeze), `n` positions. A chunk is `s` samples,
+or `p` positions of one large sample; its maps hold a row a position, `(s p) d`, and backward computes them anew. Two savings
+pay for that: a maximum over positions commutes with σ, so h4 is never formed, and its gradient meets one position a channel,
+so conv4's two backward products are sums of b·d rows, not matrix products.
 
 Maps are computed in the dtype `functional` computes them in, sums over chunks in float32 at least. Every sum has one order.
 """
@@ -16,30 +16,48 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from drifa_attn.functional import Linear, as_map, lin, vector_dtype
+from drifa_attn.functional import Linear, as_map, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
-# Elements of a chunk's map. Smaller ones fit a smaller cache, but a product of few positions spends its time on its weight:
-# on two cores of an AVX-512 CPU one of a sample a chunk took 1.1 to 1.4 times as long as one of half a batch of 8.
-CHUNK = 2**20
+CHUNK = 2**20  # elements of a chunk's map: more leave the cache, fewer spend a product's time on reading its weight
 
 
-def chunks(b: int, n: int, d: int) -> Iterator[tuple[slice, slice]]:
-    """The batch in pieces (samples, positions); never all samples at once, so that memory is saved at any width."""
+class Chunk:
+    """A few samples of a batch, or a part of the positions of one."""
+
+    def __init__(self, samples: slice, positions: slice, batch: int) -> None:
+        self.samples, self.positions = samples, positions
+        self.s, self.p = min(samples.stop, batch) - samples.start, positions.stop - positions.start
+
+    def read(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """These rows of x, `(s p) c`, in the dtype maps are computed in; zeros where a sample is absent."""
+        rows = rearrange(as_map(x[self.samples, :, self.positions]), "s c p -> s p c")
+        if present is not None:
+            rows = torch.where(rearrange(present[self.samples], "s -> s 1 1"), rows, 0)
+        return rearrange(rows, "s p c -> (s p) c")
+
+    def write(self, rows: Tensor, x: Tensor) -> None:
+        """Put rows `(s p) c` where they belong in x."""
+        x[self.samples, :, self.positions] = rearrange(rows, "(s p) c -> s c p", p=self.p)
+
+    def split(self, rows: Tensor) -> Tensor:
+        """A view of rows by sample: `(s p) d -> s p d`."""
+        return rearrange(rows, "(s p) d -> s p d", p=self.p)
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """A pooled vector of the batch for these samples, to be added to what `split` gives: `b d -> s 1 d`."""
+        return rearrange(vector[self.samples], "s d -> s 1 d")
+
+
+def chunks(b: int, n: int, d: int) -> Iterator[Chunk]:
+    """The batch in pieces; never all samples at once, so that memory is saved at any width."""
     budget = max(CHUNK // d, 1)
     samples = max(min(budget // n, math.ceil(b / 2)), 1)
-    parts = math.ceil(n / (2 * budget))
-    step = math.ceil(n / parts)
+    step = math.ceil(n / math.ceil(n / (2 * budget)))
     for i in range(0, b, samples):
         for j in range(0, n, step):
-            yield slice(i, min(i + samples, b)), slice(j, min(j + step, n))
-
-
-def read(x: Tensor, samples: slice, positions: slice, present: Tensor | None = None) -> Tensor:
-    """One chunk of x in the dtype maps are computed in; zeros where a sample is absent."""
-    x = as_map(x[samples, :, positions])
-    return x if present is None else torch.where(rearrange(present[samples], "b -> b 1 1"), x, 0)
+            yield Chunk(slice(i, i + samples), slice(j, min(j + step, n)), b)
 
 
 def sigmoid_backward_(grad: Tensor, h: Tensor) -> Tensor:
@@ -52,8 +70,20 @@ def slope(h: Tensor) -> Tensor:
     return h * (1 - h)
 
 
+class Mean:
+    """The mean of a map over all n positions so far: `b d`."""
+
+    def __init__(self, b: int, d: int, x: Tensor) -> None:
+        self.value = torch.zeros((b, d), dtype=vector_dtype(x), device=x.device)
+        self.n = x.shape[2]
+
+    def update(self, h: Tensor, chunk: Chunk) -> None:
+        """Take one chunk in."""
+        self.value[chunk.samples] += chunk.split(h).sum(1, dtype=self.value.dtype) / self.n
+
+
 class Extremum:
-    """The largest (or least) of each row of positions so far, and its first place: `b d` each."""
+    """The largest (or least) of a map so far and, if `places`, its first position: `b d` each."""
 
     def __init__(self, b: int, d: int, x: Tensor, *, places: bool, least: bool = False) -> None:
         self.least, self.places = least, places
@@ -61,54 +91,99 @@ class Extremum:
         self.value = torch.full((b, d), start, dtype=vector_dtype(x), device=x.device)
         self.where = torch.zeros((b, d), dtype=torch.int32, device=x.device)
 
-    def update(self, z: Tensor, samples: slice, positions: slice) -> None:
+    def update(self, z: Tensor, chunk: Chunk) -> None:
         """Take one chunk in; a NaN is both largest and least, as in `amax` and `amin`."""
-        if not self.places:  # their search takes three times as long as the value's
-            value = z.amin(-1) if self.least else z.amax(-1)
-            best = self.value[samples]
-            best.copy_((torch.minimum if self.least else torch.maximum)(best, value))
-            return
-        value, where = z.min(-1) if self.least else z.max(-1)
-        best, place = self.value[samples], self.where[samples]
-        if positions.start:
-            better = value < best if self.least else value > best
-            better |= value.isnan() & ~best.isnan()
-            value, where = torch.where(better, value, best), torch.where(better, where + positions.start, place)
-        best.copy_(value)
-        place.copy_(where)
+        rows = chunk.split(z)
+        best, place = self.value[chunk.samples], self.where[chunk.samples]
+        if self.places:
+            value, where = self.found(rows)
+            better = (value < best if self.least else value > best) | value.isnan()
+            place.copy_(torch.where(better, where + chunk.positions.start, place))
+        else:
+            value = rows.amin(1) if self.least else rows.amax(1)
+        best.copy_((torch.minimum if self.least else torch.maximum)(best, value))
+
+    def found(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The extremum over the middle axis and its first place, `s p d -> s d` each.
+
+        Blocks of √p positions first, then within the best one: `max` with its place takes ten times as long as `amax`.
+        """
+        values, search = (torch.amin, torch.min) if self.least else (torch.amax, torch.max)
+        p = rows.shape[1]
+        block = math.isqrt(p)
+        whole = p // block * block
+        best = values(rearrange(rows[:, :whole], "s (k block) d -> s k block d", block=block), 2)
+        if whole < p:
+            best = torch.cat([best, values(rows[:, whole:], 1, keepdim=True)], 1)
+        value, k = search(best, 1, keepdim=True)
+        places = (k * block + torch.arange(block, device=k.device)[:, None]).clamp_(max=p - 1)
+        within = search(rows.gather(1, places), 1, keepdim=True).indices
+        return value[:, 0], places.gather(1, within)[:, 0]
 
 
 class Product:
-    """Backward through one product `W t + bias` at every position, its weights' gradients summed over chunks."""
+    """One product `W t + bias` at every position, and its gradients, those of its weights summed over chunks."""
 
     def __init__(self, weight: Tensor, bias: Tensor, x: Tensor) -> None:
         self.weight, self.bias = weight, bias
-        self.map = rearrange(weight.to(as_map(x[:0]).dtype), "d c -> d c 1")
+        dtype = as_map(x[:0]).dtype
+        self.matrix, self.offset = weight.to(dtype), bias.to(dtype)
         self.grads: list[Tensor] = []
 
-    def back(self, q: Tensor, source: Tensor) -> Tensor:
-        """The gradient of the input `source` for the output's gradient q; the weights' is added up."""
-        d = len(self.bias)
-        dx, *grads = torch.ops.aten.convolution_backward(
-            q, source, self.map, [d], [1], [0], [1], False, [0], 1, [True, True, True]
-        )
-        self.add(grads[0][..., 0], grads[1])
-        return dx
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`lin`, a row a position: `r c -> r d`."""
+        return F.linear(rows, self.matrix, self.offset)
+
+    def back(self, q: Tensor, source: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The gradient of the input `source` for the output's gradient q, added in place to `onto`; the weights' is kept."""
+        self.add(q.t() @ source, q.sum(0, dtype=vector_dtype(q)))
+        return q @ self.matrix if onto is None else onto.addmm_(q, self.matrix)
 
     def add(self, weight: Tensor, bias: Tensor) -> None:
         """Add a chunk's gradients of weight and bias."""
-        dtype = vector_dtype(weight)
         if self.grads:
             for total, part in zip(self.grads, (weight, bias), strict=True):
                 total += part
         else:
-            self.grads = [weight.to(dtype), bias.to(dtype)]
+            self.grads = [weight.to(vector_dtype(weight)), bias.to(vector_dtype(bias))]
 
     def result(self) -> Linear:
         """The gradients in the dtypes of weight and bias."""
         if not self.grads:  # an empty batch
             return torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         return self.grads[0].to(self.weight.dtype), self.grads[1].to(self.bias.dtype)
+
+
+def maybe(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Product | None:
+    """The product of a squeeze, or None without one."""
+    return None if weight is None or bias is None else Product(weight, bias, x)
+
+
+class Sparse:
+    """A gradient that meets one position a channel, `factor` at `where` (`b d`), as the part of it that lies in one chunk."""
+
+    def __init__(self, where: Tensor, factor: Tensor, chunk: Chunk) -> None:
+        self.chunk = chunk
+        at = where[chunk.samples] - chunk.positions.start
+        inside = (at >= 0) & (at < chunk.p)
+        self.at = torch.where(inside, at, 0).long()
+        self.factor = torch.where(inside, factor[chunk.samples], 0)
+        self.rows = self.at + chunk.p * torch.arange(chunk.s, device=at.device)[:, None]
+
+    def add_to(self, q: Tensor) -> Tensor:
+        """`q` with this gradient added, in place."""
+        self.chunk.split(q).scatter_add_(1, self.at[:, None], self.factor[:, None].to(q.dtype))
+        return q
+
+    def back(self, product: Product, source: Tensor) -> Tensor:
+        """What `product.back` gives for this gradient: at each position the rows of W whose channel has its gradient there."""
+        rows = self.rows.t().contiguous()  # d s
+        weight = F.embedding_bag(rows, source, mode="sum", per_sample_weights=self.factor.t().to(source.dtype).contiguous())
+        product.add(weight, self.factor.sum(0))
+        bag, order = self.rows.flatten().sort(stable=True)
+        offsets = torch.searchsorted(bag, torch.arange(len(source), device=bag.device))
+        factor = self.factor.flatten()[order].to(source.dtype)
+        return F.embedding_bag(order % len(rows), product.matrix, offsets, mode="sum", per_sample_weights=factor)
 
 
 def mfa_forward(
@@ -127,70 +202,25 @@ def mfa_forward(
     Shape: x `b c n`, weights five times `d d` (conv1, conv2, conv3, conv4, clia.conv1), biases five times `d`,
         squeeze_weight `d c` -> `5 b d`, `2 b d` (int32).
     """
-    b, _, n = x.shape
-    d = weights[0].shape[0]
-    conv1, conv2, conv3, conv4, clia1 = zip(weights, biases, strict=True)
-    means = torch.zeros((3, b, d), dtype=vector_dtype(x), device=x.device)
-    max2, max4 = Extremum(b, d, x, places=places), Extremum(b, d, x, places=places)
-    for samples, positions in chunks(b, n, d):
-        z = squeezed(read(x, samples, positions), squeeze_weight, squeeze_bias)
-        add_mean(means[2, samples], lin(z, clia1).sigmoid_(), n)
-        h = lin(z, conv1).sigmoid_()
-        add_mean(means[0, samples], h, n)
-        z = lin(h, conv2)
-        max2.update(z, samples, positions)
-        h = lin(h.add_(z.sigmoid_()), conv3).sigmoid_()
-        add_mean(means[1, samples], h, n)
-        max4.update(lin(h, conv4), samples, positions)
+    b, d = x.shape[0], weights[0].shape[0]
+    conv1, conv2, conv3, conv4, clia1 = (Product(*pair, x) for pair in zip(weights, biases, strict=True))
+    squeeze = maybe(squeeze_weight, squeeze_bias, x)
+    mean1, mean3, mean_t = (Mean(b, d, x) for _ in range(3))
+    max2, max4 = (Extremum(b, d, x, places=places) for _ in range(2))
+    for chunk in chunks(b, x.shape[2], d):
+        z = chunk.read(x) if squeeze is None else squeeze(chunk.read(x))
+        mean_t.update(clia1(z).sigmoid_(), chunk)
+        h = conv1(z).sigmoid_()
+        mean1.update(h, chunk)
+        z = conv2(h)
+        max2.update(z, chunk)
+        h = conv3(h.add_(z.sigmoid_())).sigmoid_()
+        mean3.update(h, chunk)
+        max4.update(conv4(h), chunk)
     return (
-        torch.stack([means[0], max2.value.sigmoid(), means[1], max4.value.sigmoid(), means[2]]),
+        torch.stack([mean1.value, max2.value.sigmoid(), mean3.value, max4.value.sigmoid(), mean_t.value]),
         torch.stack([max2.where, max4.where]),
     )
-
-
-def squeezed(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`lin(squeeze, x)`, or x without a squeeze."""
-    return x if weight is None or bias is None else lin(x, (weight, bias))
-
-
-def add_mean(mean: Tensor, h: Tensor, n: int) -> None:
-    """Add a chunk's share of the mean over n positions."""
-    mean += h.sum(-1, dtype=mean.dtype) / n
-
-
-class Sparse:
-    """A gradient that meets one position a row, `factor` at `where`, as the part of it that lies in one chunk."""
-
-    def __init__(self, where: Tensor, factor: Tensor, samples: slice, positions: slice) -> None:
-        self.size = positions.stop - positions.start
-        at = where[samples] - positions.start
-        inside = (at >= 0) & (at < self.size)
-        self.at = torch.where(inside, at, 0).long()
-        self.factor = torch.where(inside, factor[samples], 0)
-
-    def add_to(self, q: Tensor) -> Tensor:
-        """`q` with this gradient added, in place."""
-        return q.scatter_add_(2, self.at[..., None], self.factor[..., None].to(q.dtype))
-
-    def rows(self) -> Tensor:
-        """The places counted through the chunk, a row a position."""
-        return self.at + self.size * torch.arange(len(self.at), device=self.at.device)[:, None]
-
-    def back(self, product: Product, like: Tensor) -> Tensor:
-        """`Wᵀ q` as a map: at each position the sum of the rows of W whose channel has its gradient there."""
-        bag, order = self.rows().flatten().sort(stable=True)
-        offsets = torch.searchsorted(bag, torch.arange(like.shape[0] * self.size, device=bag.device))
-        factor = self.factor.flatten()[order].to(like.dtype)
-        rows = product.map[..., 0]
-        out = F.embedding_bag(order % len(rows), rows, offsets, mode="sum", per_sample_weights=factor)
-        return rearrange(out, "(b n) d -> b d n", n=self.size)
-
-    def add_gradient(self, product: Product, source: Tensor) -> None:
-        """Add `q ⊗ source` and `q`, summed over the chunk's positions."""
-        rows = rearrange(source, "b d n -> (b n) d").contiguous()
-        factor = self.factor.t().contiguous()
-        weight = F.embedding_bag(self.rows().t().contiguous(), rows, mode="sum", per_sample_weights=factor.to(rows.dtype))
-        product.add(weight, factor.sum(1))
 
 
 def mfa_backward(
@@ -204,35 +234,32 @@ def mfa_backward(
     where: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """The gradients of x, weights, biases and squeeze for `grads` (`5 b d`) of the statistics; the maps are computed anew."""
-    b, _, n = x.shape
-    d = weights[0].shape[0]
-    conv1, conv2, conv3, _, clia1 = zip(weights, biases, strict=True)
-    products = [Product(weight, bias, x) for weight, bias in zip(weights, biases, strict=True)]
-    squeeze = None if squeeze_weight is None or squeeze_bias is None else Product(squeeze_weight, squeeze_bias, x)
+    b, n, d = x.shape[0], x.shape[2], weights[0].shape[0]
+    products = [Product(*pair, x) for pair in zip(weights, biases, strict=True)]
+    conv1, conv2, conv3, conv4, clia1 = products
+    squeeze = maybe(squeeze_weight, squeeze_bias, x)
     g1, g2, g3, g4, gl = grads
-    g1, g3, gl = (rearrange(g / n, "b d -> b d 1").to(as_map(x[:0]).dtype) for g in (g1, g3, gl))
+    g1, g3, gl = ((g / n).to(conv1.matrix.dtype) for g in (g1, g3, gl))
     g2, g4 = g2 * slope(stats[1]), g4 * slope(stats[3])
     dx = torch.empty_like(x)
-    for samples, positions in chunks(b, n, d):
-        source = read(x, samples, positions)
-        z = squeezed(source, squeeze_weight, squeeze_bias)
-        h1 = lin(z, conv1).sigmoid_()
-        h2 = lin(h1, conv2).sigmoid_()
+    for chunk in chunks(b, n, d):
+        source = chunk.read(x)
+        z = source if squeeze is None else squeeze(source)
+        h1 = conv1(z).sigmoid_()
+        h2 = conv2(h1).sigmoid_()
         h12 = h1 + h2
-        h3 = lin(h12, conv3).sigmoid_()
-        q4 = Sparse(where[1], g4, samples, positions)
-        q4.add_gradient(products[3], h3)
-        q = sigmoid_backward_(torch.add(q4.back(products[3], h3), g3[samples], out=torch.empty_like(h3)), h3)
-        s = products[2].back(q, h12)
-        q = Sparse(where[0], g2, samples, positions).add_to(torch.ops.aten.sigmoid_backward(s, h2))
-        q = sigmoid_backward_(s.add_(products[1].back(q, h1)).add_(g1[samples]), h1)
-        dz = products[0].back(q, z)
-        t = lin(z, clia1).sigmoid_()
-        q = torch.ops.aten.sigmoid_backward(gl[samples].expand_as(t), t)
-        dz += products[4].back(q, z)
-        if squeeze is not None:
-            dz = squeeze.back(dz, source)
-        dx[samples, :, positions] = dz
+        h3 = conv3(h12).sigmoid_()
+        s = Sparse(where[1], g4, chunk).back(conv4, h3)
+        chunk.split(s).add_(chunk.spread(g3))
+        s = conv3.back(sigmoid_backward_(s, h3), h12)
+        q = Sparse(where[0], g2, chunk).add_to(torch.ops.aten.sigmoid_backward(s, h2))
+        s = conv2.back(q, h1, onto=s)
+        chunk.split(s).add_(chunk.spread(g1))
+        dz = conv1.back(sigmoid_backward_(s, h1), z)
+        t = clia1(z).sigmoid_()
+        q = torch.ops.aten.sigmoid_backward(chunk.spread(gl).expand(-1, chunk.p, -1), chunk.split(t))
+        dz = clia1.back(rearrange(q, "s p d -> (s p) d"), z, onto=dz)
+        chunk.write(dz if squeeze is None else squeeze.back(dz, source), dx)
     dw, db = zip(*(one.result() for one in products), strict=True)
     return dx, list(dw), list(db), *((None, None) if squeeze is None else squeeze.result())
 
@@ -253,18 +280,18 @@ def mifa_forward(
 
     Shape: x `b c n`, weight `d d`, bias `d`, squeeze_weight `d c`, present `b` -> `6 b d`, `4 b d` (int32).
     """
-    b, _, n = x.shape
-    d = weight.shape[0]
-    means = torch.zeros((2, b, d), dtype=vector_dtype(x), device=x.device)
+    b, d = x.shape[0], weight.shape[0]
+    conv, squeeze = Product(weight, bias, x), maybe(squeeze_weight, squeeze_bias, x)
+    mean_z, mean_t = (Mean(b, d, x) for _ in range(2))
     low_z, high_z, low_t, high_t = (Extremum(b, d, x, places=places, least=least) for least in (True, False, True, False))
-    for samples, positions in chunks(b, n, d):
-        z = squeezed(read(x, samples, positions, present), squeeze_weight, squeeze_bias)
-        t = lin(z, (weight, bias))
+    for chunk in chunks(b, x.shape[2], d):
+        z = chunk.read(x, present) if squeeze is None else squeeze(chunk.read(x, present))
+        t = conv(z)
         for extremum, values in ((low_z, z), (high_z, z), (low_t, t), (high_t, t)):
-            extremum.update(values, samples, positions)
-        add_mean(means[0, samples], z, n)
-        add_mean(means[1, samples], t.sigmoid_(), n)
-    extrema = [low_z.value, means[0], high_z.value, low_t.value.sigmoid(), means[1], high_t.value.sigmoid()]
+            extremum.update(values, chunk)
+        mean_z.update(z, chunk)
+        mean_t.update(t.sigmoid_(), chunk)
+    extrema = [low_z.value, mean_z.value, high_z.value, low_t.value.sigmoid(), mean_t.value, high_t.value.sigmoid()]
     return torch.stack(extrema), torch.stack([low_z.where, high_z.where, low_t.where, high_t.where])
 
 
@@ -280,28 +307,26 @@ def mifa_backward(
     where: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, weight, bias and squeeze for `grads` (`6 b d`) of the statistics; t is computed anew."""
-    b, _, n = x.shape
-    d = weight.shape[0]
-    product = Product(weight, bias, x)
-    squeeze = None if squeeze_weight is None or squeeze_bias is None else Product(squeeze_weight, squeeze_bias, x)
+    b, n, d = x.shape[0], x.shape[2], weight.shape[0]
+    conv, squeeze = Product(weight, bias, x), maybe(squeeze_weight, squeeze_bias, x)
     low_z, mean_z, high_z, low_t, mean_t, high_t = grads
-    mean_z, mean_t = (rearrange(g / n, "b d -> b d 1").to(as_map(x[:0]).dtype) for g in (mean_z, mean_t))
+    mean_z, mean_t = ((g / n).to(conv.matrix.dtype) for g in (mean_z, mean_t))
     points = list(zip(where, (low_z, high_z, low_t * slope(stats[3]), high_t * slope(stats[5])), strict=True))
     dx = torch.empty_like(x)
-    for samples, positions in chunks(b, n, d):
-        source = read(x, samples, positions, present)
-        z = squeezed(source, squeeze_weight, squeeze_bias)
-        t = lin(z, (weight, bias)).sigmoid_()
-        at = [Sparse(place, factor, samples, positions) for place, factor in points]
-        q = torch.ops.aten.sigmoid_backward(mean_t[samples].expand_as(t), t)
-        q = at[3].add_to(at[2].add_to(q))
-        dz = at[1].add_to(at[0].add_to(product.back(q, z).add_(mean_z[samples])))
-        if squeeze is not None:
-            dz = squeeze.back(dz, source)
-        dx[samples, :, positions] = dz
+    for chunk in chunks(b, n, d):
+        source = chunk.read(x, present)
+        z = source if squeeze is None else squeeze(source)
+        t = conv(z).sigmoid_()
+        at = [Sparse(place, factor, chunk) for place, factor in points]
+        q = torch.ops.aten.sigmoid_backward(chunk.spread(mean_t).expand(-1, chunk.p, -1), chunk.split(t))
+        q = at[3].add_to(at[2].add_to(rearrange(q, "s p d -> (s p) d")))
+        dz = conv.back(q, z)
+        chunk.split(dz).add_(chunk.spread(mean_z))
+        dz = at[1].add_to(at[0].add_to(dz))
+        chunk.write(dz if squeeze is None else squeeze.back(dz, source), dx)
     if present is not None:
         dx.masked_fill_(rearrange(~present, "b -> b 1 1"), 0)
-    return dx, *product.result(), *((None, None) if squeeze is None else squeeze.result())
+    return dx, *conv.result(), *((None, None) if squeeze is None else squeeze.result())
 
 
 def gate_forward(x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> Tensor:
@@ -322,6 +347,7 @@ def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, prefix:
     """The gradients of x and factor: `dy · factor` and `Σ_positions dy · x`, the latter without a map of the products."""
     dfactor = torch.zeros_like(factor)
     dys, xs = flat(dy, layout, prefix), flat(x, layout, prefix)
-    for samples, part in chunks(xs.shape[0], xs.shape[2], xs.shape[1]):
-        dfactor[samples] += (dys[samples, :, part].to(factor.dtype) * xs[samples, :, part]).sum(-1)
+    for chunk in chunks(xs.shape[0], xs.shape[2], xs.shape[1]):
+        part = chunk.samples, slice(None), chunk.positions
+        dfactor[chunk.samples] += (dys[part].to(factor.dtype) * xs[part]).sum(-1)
     return multiply(dy, factor, layout, prefix, torch.empty_like(x)), dfactor
