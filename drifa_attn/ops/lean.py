@@ -20,7 +20,8 @@ from drifa_attn.functional import Linear, as_map, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
-CHUNK = 2**20  # elements of a chunk's map: more leave the cache, fewer spend a product's time on reading its weight
+CHUNK = 2**20  # elements of a chunk's map: more leave the cache
+POSITIONS = 6  # of a chunk, for each row of a weight, if there are as many: fewer, and a product mostly reads its weight
 
 
 class Chunk:
@@ -43,7 +44,7 @@ class Chunk:
 
     def split(self, rows: Tensor) -> Tensor:
         """A view of rows by sample: `(s p) d -> s p d`."""
-        return rearrange(rows, "(s p) d -> s p d", p=self.p)
+        return rows.view(self.s, self.p, -1)
 
     def spread(self, vector: Tensor) -> Tensor:
         """A pooled vector of the batch for these samples, to be added to what `split` gives: `b d -> s 1 d`."""
@@ -51,10 +52,10 @@ class Chunk:
 
 
 def chunks(b: int, n: int, d: int) -> Iterator[Chunk]:
-    """The batch in pieces; never all samples at once, so that memory is saved at any width."""
-    budget = max(CHUNK // d, 1)
-    samples = max(min(budget // n, math.ceil(b / 2)), 1)
-    step = math.ceil(n / math.ceil(n / (2 * budget)))
+    """The batch in pieces: two at least, for memory's sake, unless it has few positions for its width."""
+    count = min(max(math.ceil(b * n * d / CHUNK), 2), max(b * n // (POSITIONS * d), 1))
+    samples = max(b // count, 1)
+    step = math.ceil(n / math.ceil(n * d / (2 * CHUNK)))
     for i in range(0, b, samples):
         for j in range(0, n, step):
             yield Chunk(slice(i, i + samples), slice(j, min(j + step, n)), b)
@@ -122,22 +123,51 @@ class Extremum:
 
 
 class Product:
-    """One product `W t + bias` at every position, and its gradients, those of its weights summed over chunks."""
+    """One product `W t + bias` at every position, and its gradients, those of its weights summed over chunks.
+
+    In float32 on a CPU it is the 1x1 convolution of a channels-last image of one column: PyTorch hands those to oneDNN, and
+    matrix products to MKL, which took twice as long on the AMD machine it was measured on.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, x: Tensor) -> None:
         self.weight, self.bias = weight, bias
         dtype = as_map(x[:0]).dtype
         self.matrix, self.offset = weight.to(dtype), bias.to(dtype)
+        self.is_convolution = x.device.type == "cpu" and dtype == torch.float32
         self.grads: list[Tensor] = []
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`lin`, a row a position: `r c -> r d`."""
+        if self.is_convolution:
+            return unimage(F.conv2d(image(rows), self.matrix[..., None, None], self.offset))
         return F.linear(rows, self.matrix, self.offset)
 
     def back(self, q: Tensor, source: Tensor, onto: Tensor | None = None) -> Tensor:
         """The gradient of the input `source` for the output's gradient q, added in place to `onto`; the weights' is kept."""
-        self.add(q.t() @ source, q.sum(0, dtype=vector_dtype(q)))
-        return q @ self.matrix if onto is None else onto.addmm_(q, self.matrix)
+        if not self.is_convolution:
+            self.add(q.t() @ source, q.sum(0, dtype=vector_dtype(q)))
+            return q @ self.matrix if onto is None else onto.addmm_(q, self.matrix)
+        as_product = 4 * len(q) < len(self.bias)  # few positions: a convolution's weight gradient takes three times as long
+        dx, weight, bias = torch.ops.aten.convolution_backward(
+            *(
+                image(q),
+                image(source),
+                self.matrix[..., None, None],
+                [len(self.bias)],
+                [1, 1],
+                [0, 0],
+                [1, 1],
+                False,
+                [0, 0],
+                1,
+            ),
+            [True, not as_product, not as_product],
+        )
+        if as_product:
+            self.add(q.t() @ source, q.sum(0))
+        else:
+            self.add(weight[..., 0, 0], bias)
+        return unimage(dx) if onto is None else onto.add_(unimage(dx))
 
     def add(self, weight: Tensor, bias: Tensor) -> None:
         """Add a chunk's gradients of weight and bias."""
@@ -152,6 +182,16 @@ class Product:
         if not self.grads:  # an empty batch
             return torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         return self.grads[0].to(self.weight.dtype), self.grads[1].to(self.bias.dtype)
+
+
+def image(rows: Tensor) -> Tensor:
+    """Rows as a channels-last image of one column: a view, `r c -> 1 c r 1`."""
+    return rows[None, :, None].permute(0, 3, 1, 2)
+
+
+def unimage(column: Tensor) -> Tensor:
+    """A channels-last image of one column as rows: a view, `1 c r 1 -> r c`."""
+    return column[0, :, :, 0].t()
 
 
 def maybe(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Product | None:
