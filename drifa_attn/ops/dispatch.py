@@ -17,8 +17,10 @@ from . import launch, lean
 Mode = Literal["auto", "0", "1"]
 MODES = ("auto", "0", "1")
 
-# Below this many elements of a map, calling a fused op costs more time than it saves (measured on a CPU).
+# Elements of a map at the width attention works at, below which a call of a fused op on a CPU costs more time than it saves
+# (measured on two cores); behind a squeeze the maps are narrow, and it takes more of them.
 SMALL = 2**17
+SMALL_SQUEEZED = 2**19
 
 
 def check_mode(owner: str, mode: str) -> Mode:
@@ -105,11 +107,11 @@ def plain(x: Tensor, width: int) -> str | None:
     if x.device.type not in ("cpu", "cuda"):
         return f"fused ops are not measured on {x.device.type}"
     if x.device.type == "cpu":
-        elements = x.shape[0] * x.shape[2] * max(x.shape[1], width)
+        elements, small = x.shape[0] * x.shape[2] * width, SMALL if width == x.shape[1] else SMALL_SQUEEZED
         if x.shape[2] == 1:
             return "one position a sample: nothing to pool"
-        if elements < SMALL:
-            return f"a map of {elements} elements is small: fewer than {SMALL}"
+        if elements < small:
+            return f"a map of {elements} elements is small: fewer than {small}"
     return None
 
 

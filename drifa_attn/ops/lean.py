@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from drifa_attn.functional import Linear, as_map, vector_dtype
+from drifa_attn.functional import Linear, as_map, lin, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
@@ -32,15 +32,9 @@ class Chunk:
         self.s, self.p = min(samples.stop, batch) - samples.start, positions.stop - positions.start
 
     def read(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """These rows of x, `(s p) c`, in the dtype maps are computed in; zeros where a sample is absent."""
-        rows = rearrange(as_map(x[self.samples, :, self.positions]), "s c p -> s p c")
-        if present is not None:
-            rows = torch.where(rearrange(present[self.samples], "s -> s 1 1"), rows, 0)
-        return rearrange(rows, "s p c -> (s p) c")
-
-    def write(self, rows: Tensor, x: Tensor) -> None:
-        """Put rows `(s p) c` where they belong in x."""
-        x[self.samples, :, self.positions] = rearrange(rows, "(s p) c -> s c p", p=self.p)
+        """The chunk of x, `s c p`, in the dtype maps are computed in; zeros where a sample is absent."""
+        part = as_map(x[self.samples, :, self.positions])
+        return part if present is None else torch.where(rearrange(present[self.samples], "s -> s 1 1"), part, 0)
 
     def split(self, rows: Tensor) -> Tensor:
         """A view of rows by sample: `(s p) d -> s p d`."""
@@ -194,9 +188,38 @@ def unimage(column: Tensor) -> Tensor:
     return column[0, :, :, 0].t()
 
 
-def maybe(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Product | None:
-    """The product of a squeeze, or None without one."""
-    return None if weight is None or bias is None else Product(weight, bias, x)
+class Source:
+    """What attention reads, `z = x` or `lin(squeeze, x)`, chunk by chunk, and the gradient of x.
+
+    A squeeze takes channels-first features as they lie: to turn them costs more than the narrow rest.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, present: Tensor | None = None) -> None:
+        self.x, self.present = x, present
+        self.squeeze = None if weight is None or bias is None else Product(weight, bias, x)
+
+    def read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The rows of z, `(s p) d`, and what backward needs of x."""
+        part = chunk.read(self.x, self.present)
+        if self.squeeze is not None and self.x.stride(1) != 1:
+            return rearrange(lin(part, (self.squeeze.matrix, self.squeeze.offset)), "s d p -> (s p) d"), part
+        rows = rearrange(part, "s c p -> (s p) c")
+        return (rows if self.squeeze is None else self.squeeze(rows)), rows
+
+    def back(self, dz: Tensor, part: Tensor, chunk: Chunk, dx: Tensor) -> None:
+        """Put the chunk's gradient of x in its place; the squeeze's is kept."""
+        place = chunk.samples, slice(None), chunk.positions
+        if self.squeeze is not None and part.ndim == 3:
+            q = rearrange(dz, "(s p) d -> s d p", p=chunk.p)
+            self.squeeze.add((q @ part.mT).sum(0), dz.sum(0, dtype=vector_dtype(dz)))
+            dx[place] = self.squeeze.matrix.t() @ q
+        else:
+            dz = dz if self.squeeze is None else self.squeeze.back(dz, part)
+            dx[place] = rearrange(dz, "(s p) c -> s c p", p=chunk.p)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the squeeze's weight and bias."""
+        return (None, None) if self.squeeze is None else self.squeeze.result()
 
 
 class Sparse:
@@ -244,11 +267,11 @@ def mfa_forward(
     """
     b, d = x.shape[0], weights[0].shape[0]
     conv1, conv2, conv3, conv4, clia1 = (Product(*pair, x) for pair in zip(weights, biases, strict=True))
-    squeeze = maybe(squeeze_weight, squeeze_bias, x)
+    source = Source(x, squeeze_weight, squeeze_bias)
     mean1, mean3, mean_t = (Mean(b, d, x) for _ in range(3))
     max2, max4 = (Extremum(b, d, x, places=places) for _ in range(2))
     for chunk in chunks(b, x.shape[2], d):
-        z = chunk.read(x) if squeeze is None else squeeze(chunk.read(x))
+        z, _ = source.read(chunk)
         mean_t.update(clia1(z).sigmoid_(), chunk)
         h = conv1(z).sigmoid_()
         mean1.update(h, chunk)
@@ -277,14 +300,13 @@ def mfa_backward(
     b, n, d = x.shape[0], x.shape[2], weights[0].shape[0]
     products = [Product(*pair, x) for pair in zip(weights, biases, strict=True)]
     conv1, conv2, conv3, conv4, clia1 = products
-    squeeze = maybe(squeeze_weight, squeeze_bias, x)
+    source = Source(x, squeeze_weight, squeeze_bias)
     g1, g2, g3, g4, gl = grads
     g1, g3, gl = ((g / n).to(conv1.matrix.dtype) for g in (g1, g3, gl))
     g2, g4 = g2 * slope(stats[1]), g4 * slope(stats[3])
     dx = torch.empty_like(x)
     for chunk in chunks(b, n, d):
-        source = chunk.read(x)
-        z = source if squeeze is None else squeeze(source)
+        z, part = source.read(chunk)
         h1 = conv1(z).sigmoid_()
         h2 = conv2(h1).sigmoid_()
         h12 = h1 + h2
@@ -298,10 +320,9 @@ def mfa_backward(
         dz = conv1.back(sigmoid_backward_(s, h1), z)
         t = clia1(z).sigmoid_()
         q = torch.ops.aten.sigmoid_backward(chunk.spread(gl).expand(-1, chunk.p, -1), chunk.split(t))
-        dz = clia1.back(rearrange(q, "s p d -> (s p) d"), z, onto=dz)
-        chunk.write(dz if squeeze is None else squeeze.back(dz, source), dx)
+        source.back(clia1.back(rearrange(q, "s p d -> (s p) d"), z, onto=dz), part, chunk, dx)
     dw, db = zip(*(one.result() for one in products), strict=True)
-    return dx, list(dw), list(db), *((None, None) if squeeze is None else squeeze.result())
+    return dx, list(dw), list(db), *source.gradients()
 
 
 def mifa_forward(
@@ -321,11 +342,11 @@ def mifa_forward(
     Shape: x `b c n`, weight `d d`, bias `d`, squeeze_weight `d c`, present `b` -> `6 b d`, `4 b d` (int32).
     """
     b, d = x.shape[0], weight.shape[0]
-    conv, squeeze = Product(weight, bias, x), maybe(squeeze_weight, squeeze_bias, x)
+    conv, source = Product(weight, bias, x), Source(x, squeeze_weight, squeeze_bias, present)
     mean_z, mean_t = (Mean(b, d, x) for _ in range(2))
     low_z, high_z, low_t, high_t = (Extremum(b, d, x, places=places, least=least) for least in (True, False, True, False))
     for chunk in chunks(b, x.shape[2], d):
-        z = chunk.read(x, present) if squeeze is None else squeeze(chunk.read(x, present))
+        z, _ = source.read(chunk)
         t = conv(z)
         for extremum, values in ((low_z, z), (high_z, z), (low_t, t), (high_t, t)):
             extremum.update(values, chunk)
@@ -348,25 +369,23 @@ def mifa_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, weight, bias and squeeze for `grads` (`6 b d`) of the statistics; t is computed anew."""
     b, n, d = x.shape[0], x.shape[2], weight.shape[0]
-    conv, squeeze = Product(weight, bias, x), maybe(squeeze_weight, squeeze_bias, x)
+    conv, source = Product(weight, bias, x), Source(x, squeeze_weight, squeeze_bias, present)
     low_z, mean_z, high_z, low_t, mean_t, high_t = grads
     mean_z, mean_t = ((g / n).to(conv.matrix.dtype) for g in (mean_z, mean_t))
     points = list(zip(where, (low_z, high_z, low_t * slope(stats[3]), high_t * slope(stats[5])), strict=True))
     dx = torch.empty_like(x)
     for chunk in chunks(b, n, d):
-        source = chunk.read(x, present)
-        z = source if squeeze is None else squeeze(source)
+        z, part = source.read(chunk)
         t = conv(z).sigmoid_()
         at = [Sparse(place, factor, chunk) for place, factor in points]
         q = torch.ops.aten.sigmoid_backward(chunk.spread(mean_t).expand(-1, chunk.p, -1), chunk.split(t))
         q = at[3].add_to(at[2].add_to(rearrange(q, "s p d -> (s p) d")))
         dz = conv.back(q, z)
         chunk.split(dz).add_(chunk.spread(mean_z))
-        dz = at[1].add_to(at[0].add_to(dz))
-        chunk.write(dz if squeeze is None else squeeze.back(dz, source), dx)
+        source.back(at[1].add_to(at[0].add_to(dz)), part, chunk, dx)
     if present is not None:
         dx.masked_fill_(rearrange(~present, "b -> b 1 1"), 0)
-    return dx, *conv.result(), *((None, None) if squeeze is None else squeeze.result())
+    return dx, *conv.result(), *source.gradients()
 
 
 def gate_forward(x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> Tensor:
