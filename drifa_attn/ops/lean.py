@@ -5,7 +5,7 @@ or `p` positions of one large sample; its maps hold a row a position, `(s p) d`,
 pay for that: a maximum over positions commutes with σ, so h4 is never formed, and its gradient meets one position a channel,
 so conv4's two backward products are sums of b·d rows, not matrix products.
 
-Maps are computed in the dtype `functional` computes them in, sums over chunks in float32 at least. Every sum has one order.
+Weights are computed in the dtype `functional` computes them in, sums over chunks in float32 at least. Every sum has one order.
 """
 
 import math
@@ -20,6 +20,9 @@ from drifa_attn.functional import Linear, as_map, lin, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
+Weights = Sequence[Tensor]
+Some = Tensor | None
+
 CHUNK = 2**20  # elements of a chunk's map: more leave the cache
 POSITIONS = 6  # of a chunk, for each row of a weight, if there are as many: fewer, and a product mostly reads its weight
 
@@ -31,7 +34,7 @@ class Chunk:
         self.samples, self.positions = samples, positions
         self.s, self.p = min(samples.stop, batch) - samples.start, positions.stop - positions.start
 
-    def read(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def read(self, x: Tensor, present: Some = None) -> Tensor:
         """The chunk of x, `s c p`, in the dtype maps are computed in; zeros where a sample is absent."""
         part = as_map(x[self.samples, :, self.positions])
         return part if present is None else torch.where(rearrange(present[self.samples], "s -> s 1 1"), part, 0)
@@ -136,7 +139,7 @@ class Product:
             return unimage(F.conv2d(image(rows), self.matrix[..., None, None], self.offset))
         return F.linear(rows, self.matrix, self.offset)
 
-    def back(self, q: Tensor, source: Tensor, onto: Tensor | None = None) -> Tensor:
+    def back(self, q: Tensor, source: Tensor, onto: Some = None) -> Tensor:
         """The gradient of the input `source` for the output's gradient q, added in place to `onto`; the weights' is kept."""
         if not self.is_convolution:
             self.add(q.t() @ source, q.sum(0, dtype=vector_dtype(q)))
@@ -194,7 +197,7 @@ class Source:
     A squeeze takes channels-first features as they lie: to turn them costs more than the narrow rest.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, present: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, weight: Some, bias: Some, present: Some = None) -> None:
         self.x, self.present = x, present
         self.squeeze = None if weight is None or bias is None else Product(weight, bias, x)
 
@@ -217,7 +220,7 @@ class Source:
             dz = dz if self.squeeze is None else self.squeeze.back(dz, part)
             dx[place] = rearrange(dz, "(s p) c -> s c p", p=chunk.p)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+    def gradients(self) -> tuple[Some, Some]:
         """Those of the squeeze's weight and bias."""
         return (None, None) if self.squeeze is None else self.squeeze.result()
 
@@ -250,13 +253,7 @@ class Sparse:
 
 
 def mfa_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    squeeze_weight: Tensor | None,
-    squeeze_bias: Tensor | None,
-    *,
-    places: bool = True,
+    x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Some, squeeze_bias: Some, *, places: bool = True
 ) -> tuple[Tensor, Tensor]:
     """What leaves MFA's maps: mean h1, max h2, mean h3, max h4, mean of CLIA's map, and where the two maxima are.
 
@@ -289,13 +286,13 @@ def mfa_forward(
 def mfa_backward(
     grads: Tensor,
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    squeeze_weight: Tensor | None,
-    squeeze_bias: Tensor | None,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Some,
+    squeeze_bias: Some,
     stats: Tensor,
     where: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Some, Some]:
     """The gradients of x, weights, biases and squeeze for `grads` (`5 b d`) of the statistics; the maps are computed anew."""
     b, n, d = x.shape[0], x.shape[2], weights[0].shape[0]
     products = [Product(*pair, x) for pair in zip(weights, biases, strict=True)]
@@ -326,14 +323,7 @@ def mfa_backward(
 
 
 def mifa_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    squeeze_weight: Tensor | None,
-    squeeze_bias: Tensor | None,
-    present: Tensor | None,
-    *,
-    places: bool = True,
+    x: Tensor, weight: Tensor, bias: Tensor, squeeze_weight: Some, squeeze_bias: Some, present: Some, *, places: bool = True
 ) -> tuple[Tensor, Tensor]:
     """What leaves one modality of MIFA: min, mean, max of z and of t = σ(lin(weight, z)), and where the four extrema are.
 
@@ -361,12 +351,12 @@ def mifa_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    squeeze_weight: Tensor | None,
-    squeeze_bias: Tensor | None,
-    present: Tensor | None,
+    squeeze_weight: Some,
+    squeeze_bias: Some,
+    present: Some,
     stats: Tensor,
     where: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Some, Some]:
     """The gradients of x, weight, bias and squeeze for `grads` (`6 b d`) of the statistics; t is computed anew."""
     b, n, d = x.shape[0], x.shape[2], weight.shape[0]
     conv, source = Product(weight, bias, x), Source(x, squeeze_weight, squeeze_bias, present)
@@ -388,13 +378,9 @@ def mifa_backward(
     return dx, *conv.result(), *source.gradients()
 
 
-def gate_forward(x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> Tensor:
-    """`x · factor` in the dtype and memory order of x, rounded once; prefix tokens as they are."""
-    return multiply(x, factor, layout, prefix, torch.empty_like(x))
-
-
-def multiply(x: Tensor, factor: Tensor, layout: Layout, prefix: int, y: Tensor) -> Tensor:
-    """`x · factor` written to y."""
+def gate_forward(x: Tensor, factor: Tensor, layout: Layout, prefix: int, out: Some = None) -> Tensor:
+    """`x · factor` in the dtype and memory order of x (or `out`), rounded once; prefix tokens as they are."""
+    y = torch.empty_like(x) if out is None else out
     factor = spread(factor, x, layout, prefix)
     step = max(x.shape[0], 1) if x.dtype == factor.dtype else 1  # else the product is first a map of another dtype
     for i in range(0, x.shape[0], step):
@@ -409,4 +395,4 @@ def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, prefix:
     for chunk in chunks(xs.shape[0], xs.shape[2], xs.shape[1]):
         part = chunk.samples, slice(None), chunk.positions
         dfactor[chunk.samples] += (dys[part].to(factor.dtype) * xs[part]).sum(-1)
-    return multiply(dy, factor, layout, prefix, torch.empty_like(x)), dfactor
+    return gate_forward(dy, factor, layout, prefix, torch.empty_like(x)), dfactor
