@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MINIMUM_TRITON = (3, 8)  # what the kernels were interpreted and compiled with
+MINIMUM_TRITON = (3, 6)  # what the kernels were interpreted and compiled with
 WIDEST_CHAIN = 128  # beyond it the weights of one chain no longer fit beside its maps
 WIDEST = 4096  # what was compiled; nothing in the layer-wise kernels depends on it
 
