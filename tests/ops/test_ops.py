@@ -235,7 +235,7 @@ def test_fused_compiles_whole(name):
 
 
 def test_auto_compiles_whole():
-    """Whether fused or plain, as the shape has it."""
+    """At sizes that are fused without a compiler, and at others."""
     mfa = perturb_(MFA(16))
     for size, path in ((40, "lean"), (4, "eager")):
         x = torch.randn(8, 16, size, size, requires_grad=True)
@@ -248,7 +248,6 @@ def test_auto_compiles_whole():
 def test_fused_compiles_whole_with_inductor(mode):
     mfa, mifa = perturb_(MFA(16, reduction=2)), perturb_(MIFA(16))
     xs = [torch.randn(8, 16, size, size, requires_grad=True) for size in (40, 36)]
-    assert ops.explain(mfa, xs[0]).path == ops.explain(mifa, xs).path == "lean"
     with ops.fused(mode):
         assert_compiles(mfa, (xs[0],), "inductor")
         assert_compiles(mifa, (xs,), "inductor")
