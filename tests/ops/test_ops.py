@@ -253,14 +253,15 @@ def test_fused_compiles_whole_with_inductor(mode):
         assert_compiles(mifa, (xs,), "inductor")
 
 
-def test_compiled_graphs_hold_the_ops():
+@pytest.mark.parametrize("mode", ["1", "auto"])
+def test_compiled_graphs_hold_the_ops_at_any_size(mode):
     graphs = []
 
     def keep(graph, example):
         graphs.append(graph)
         return graph
 
-    with ops.fused("1"):
+    with ops.fused(mode):
         torch.compile(MFA(8), fullgraph=True, backend=keep)(torch.randn(2, 8, 30))
     names = {str(node.target) for node in graphs[0].graph.nodes}
     assert {"drifa_attn.mfa_stats.default", "drifa_attn.gate.default"} <= names, names
