@@ -128,7 +128,7 @@ def gate(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
 
 
 WIDTHS = ((16, 16), (32, 32), (64, 64), (128, 128), (512, 512), (256, 32), (256, 64), (2048, 128))
-QUICK = "784 nhwc bfloat16"  # every width; all launches are several hundred, and as many seconds
+QUICK = "784 nhwc bfloat16"  # every width; all launches are several hundred, and take several minutes
 SOME_WIDTHS = ((64, 64), (128, 128), (512, 512), (256, 64))
 
 
@@ -232,24 +232,34 @@ def named(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
+def spilling(codes: list[Code]) -> str:
+    """How many of the launches spill or use a stack, by compute capability."""
+    counts = []
+    for capability in sorted({code.launch.capability for code in codes}):
+        mine = [code.spills or code.stack for code in codes if code.launch.capability == capability]
+        counts.append(f"{sum(map(bool, mine))} of {len(mine)} at {capability / 10}")
+    return ", ".join(counts)
+
+
 def report(results: list[Code | tuple[Launch, str]], chosen: list[Launch]) -> str:
     """The file `benchmarks/kernels.md`."""
     triton = importlib.import_module("triton")
     codes = [result for result in results if isinstance(result, Code)]
     forward = [code for code in codes if code.launch.kernel in FORWARD]
-    spilling = [code for code in codes if code.spills or code.stack]
-    inner, stack = sum(code in forward for code in spilling), max(code.stack for code in codes)
+    backward = [code for code in codes if code.launch.kernel not in FORWARD]
     day = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
-    capabilities = named(str(launch.capability / 10) for launch in chosen)
     inputs = named(launch.label.partition(" @ ")[2] for launch in chosen)
     return f"""# The Triton kernels, compiled
 
 Written by `python -m benchmarks.kernels` on {day} with torch {torch.__version__}, triton {triton.__version__}.
-No GPU took part, and none of this is a timing. {len(results)} distinct launches for compute capability {capabilities}
-and inputs (positions, layout, dtype) {inputs}:
-{len(results) - len(codes)} do not compile. Of {len(forward)} forward launches {inner} spill or use a stack,
-of the other {len(codes) - len(forward)} {len(spilling) - inner}, at most {stack} bytes of it a thread.
-The largest shared memory is {max(code.shared for code in codes)} bytes.
+No GPU took part, and none of this is a timing. The configurations were chosen for compute capability 8.0 and 9.0;
+10.0 takes those of 9.0. {len(results)} distinct launches, for inputs (positions, layout, dtype) {inputs}.
+
+- {len(results) - len(codes)} do not compile.
+- Forward launches that spill or use a stack: {spilling(forward)}.
+- Others: {spilling(backward)}, with at most {max(code.stack for code in codes)} bytes a thread.
+- The largest shared memory is {max(code.shared for code in codes)} bytes.
+
 A launch is listed under the first op that makes it.
 
 {table(results)}
@@ -259,9 +269,9 @@ A launch is listed under the first op that makes it.
 def main() -> None:
     """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for 8.0 (default: 80 90)")
+    parser.add_argument("--capability", type=int, nargs="+", default=sorted(SHARED_LIMIT), help="80 for 8.0 (default: all)")
     parser.add_argument(
-        "--only", default=QUICK, help=f"launches of ops whose label contains this (default: {QUICK}); '' is all"
+        "--only", default="", help=f"launches of ops whose label contains this, such as {QUICK!r} (default: all)"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

@@ -171,7 +171,7 @@ POOLS = {
         (16, 2): Chain(128, 4, 4),
         (32, 2): Chain(64, 4, 4),
         (64, 2): Chain(32, 8, 4),
-        (128, 2): Chain(32, 8, 8, 64, 3),
+        (128, 2): Chain(32, 8, 8, 32, 3),
         (16, 4): Chain(64, 4, 4),
         (32, 4): Chain(64, 4, 4),
         (64, 4): Chain(32, 8, 4),
@@ -185,7 +185,7 @@ POOLS = {
         (16, 4): Chain(64, 4, 4),
         (32, 4): Chain(64, 4, 4),
         (64, 4): Chain(32, 8, 8),
-        (128, 4): Chain(32, 8, 8, 32, 3),
+        (128, 4): Chain(16, 8, 8, 32, 3),
     },
 }
 
@@ -204,6 +204,8 @@ def chain(x: Tensor, padded: int, itemsize: int) -> Chain:
 def chain_back(x: Tensor, padded: int) -> Chain | None:
     """The configuration of the chain's backward over `x`; None where layer by layer is the way."""
     chosen = row(CHAIN_BACK, x).get(padded) if x.dtype == torch.bfloat16 or interpreting() else None
+    if chosen and padded == 64 and max(x.stride()[1:]) % 16:  # rows that are not aligned take a register an element
+        chosen = chosen._replace(positions=chosen.positions // 2)
     return None if chosen is None else fitted(chosen, x.shape[2])
 
 
