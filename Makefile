@@ -6,6 +6,8 @@ BIN := .venv/bin
 
 demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
+	$(BIN)/python -m examples.drifa_net.train --model fuse --epochs 5 --output outputs/fuse
+	$(BIN)/python -m examples.drifa_net.figures outputs/fuse/fuse-seed0
 
 test: .venv/dev
 	$(BIN)/python -m pytest -m "not slow and not cuda"
