@@ -227,11 +227,6 @@ def table(results: Iterable[Code | tuple[Launch, str]]) -> str:
     return "\n".join(lines)
 
 
-def named(values: Iterable[str]) -> str:
-    """The distinct values in the order they come."""
-    return ", ".join(dict.fromkeys(values))
-
-
 def spilling(codes: list[Code]) -> str:
     """How many of the launches spill or use a stack, by compute capability."""
     counts = []
@@ -248,7 +243,7 @@ def report(results: list[Code | tuple[Launch, str]], chosen: list[Launch]) -> st
     forward = [code for code in codes if code.launch.kernel in FORWARD]
     backward = [code for code in codes if code.launch.kernel not in FORWARD]
     day = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
-    inputs = named(launch.label.partition(" @ ")[2] for launch in chosen)
+    inputs = ", ".join(dict.fromkeys(launch.label.partition(" @ ")[2] for launch in chosen))
     return f"""# The Triton kernels, compiled
 
 Written by `python -m benchmarks.kernels` on {day} with torch {torch.__version__}, triton {triton.__version__}.

@@ -204,8 +204,8 @@ def chain(x: Tensor, padded: int, itemsize: int) -> Chain:
 def chain_back(x: Tensor, padded: int) -> Chain | None:
     """The configuration of the chain's backward over `x`; None where layer by layer is the way."""
     chosen = row(CHAIN_BACK, x).get(padded) if x.dtype == torch.bfloat16 or interpreting() else None
-    if chosen and padded == 64 and max(x.stride()[1:]) % 16:  # rows that are not aligned take a register an element
-        chosen = chosen._replace(positions=chosen.positions // 2)
+    if chosen and padded == 64 and (x.shape[1] % 16 or x.shape[2] % 16):  # rows not aligned take a register an element;
+        chosen = chosen._replace(positions=chosen.positions // 2)  # by shape, so that sums are the same in every layout
     return None if chosen is None else fitted(chosen, x.shape[2])
 
 
