@@ -25,5 +25,5 @@ def test_chain_compiles_without_spills_on_tensor_cores(capability):
 
 @pytest.mark.slow
 def test_every_launch_fits_the_chip():
-    for launch in kernels.launches(kernels.CAPABILITIES, kernels.QUICK):
+    for launch in kernels.launches(kernels.CAPABILITIES):
         assert_fits(kernels.attempt(launch))
