@@ -17,10 +17,12 @@ from . import launch, lean
 Mode = Literal["auto", "0", "1"]
 MODES = ("auto", "0", "1")
 
-# Elements of a map at the width attention works at, below which a call of a fused op on a CPU costs more time than it saves
-# (measured on two cores); behind a squeeze the maps are narrow, and it takes more of them.
+# Elements of a map at the width attention works at, below which a fused op on a CPU is not worth its call (measured on two
+# cores). Without gradients it has to save time; behind a squeeze maps are narrow, and that takes more of them. With gradients
+# it saves what would be kept for backward, at up to twice the time of so small a layer.
 SMALL = 2**17
 SMALL_SQUEEZED = 2**19
+SMALL_TRAINED = 2**15
 
 
 def check_mode(owner: str, mode: str) -> Mode:
@@ -110,6 +112,7 @@ def plain(x: Tensor, width: int) -> str | None:
     # keep the place, so compiled code takes them at any size.
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         elements, small = x.shape[0] * x.shape[2] * width, SMALL if width == x.shape[1] else SMALL_SQUEEZED
+        small = SMALL_TRAINED if torch.is_grad_enabled() else small
         if x.shape[2] == 1:
             return "one position a sample: nothing to pool"
         if elements < small:

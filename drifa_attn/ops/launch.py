@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MINIMUM_TRITON = (3, 6)  # what the kernels were interpreted and compiled with
+MINIMUM_TRITON = (3, 6)  # interpreted with this one and with 3.8; the configurations were compiled with 3.8
 WIDEST_CHAIN = 128  # beyond it the weights of one chain no longer fit beside its maps
 WIDEST = 4096  # what was compiled; nothing in the layer-wise kernels depends on it
 

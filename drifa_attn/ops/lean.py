@@ -268,13 +268,16 @@ def mfa_forward(
     mean1, mean3, mean_t = (Mean(b, d, x) for _ in range(3))
     max2, max4 = (Extremum(b, d, x, places=places) for _ in range(2))
     for chunk in chunks(b, x.shape[2], d):
-        z, _ = source.read(chunk)
+        z = source.read(chunk)[0]
         mean_t.update(clia1(z).sigmoid_(), chunk)
         h = conv1(z).sigmoid_()
         mean1.update(h, chunk)
+        del z  # two maps of a chunk at a time, and no more
         z = conv2(h)
         max2.update(z, chunk)
-        h = conv3(h.add_(z.sigmoid_())).sigmoid_()
+        h += z.sigmoid_()
+        del z
+        h = conv3(h).sigmoid_()
         mean3.update(h, chunk)
         max4.update(conv4(h), chunk)
     return (
@@ -327,8 +330,6 @@ def mifa_forward(
 ) -> tuple[Tensor, Tensor]:
     """What leaves one modality of MIFA: min, mean, max of z and of t = σ(lin(weight, z)), and where the four extrema are.
 
-    Without `places` the second is zeros: only backward needs it.
-
     Shape: x `b c n`, weight `d d`, bias `d`, squeeze_weight `d c`, present `b` -> `6 b d`, `4 b d` (int32).
     """
     b, d = x.shape[0], weight.shape[0]
@@ -336,7 +337,7 @@ def mifa_forward(
     mean_z, mean_t = (Mean(b, d, x) for _ in range(2))
     low_z, high_z, low_t, high_t = (Extremum(b, d, x, places=places, least=least) for least in (True, False, True, False))
     for chunk in chunks(b, x.shape[2], d):
-        z, _ = source.read(chunk)
+        z = source.read(chunk)[0]
         t = conv(z)
         for extremum, values in ((low_z, z), (high_z, z), (low_t, t), (high_t, t)):
             extremum.update(values, chunk)
