@@ -104,7 +104,7 @@ def mifa(
     expands: Sequence[Linear] | None = None,
 ) -> list[Tensor]:
     """`functional.mifa` by the implementation `choose` names for its largest modality."""
-    if plain(largest(xs), local_scale.shape[0]):
+    if plain(largest(xs), local_scale.shape[0], products=1):
         weights = (mgifa_dense, mlifa_convs, global_scale, local_scale)
         return functional.mifa(xs, *weights, present=present, squeezes=squeezes, expands=expands)
     masks: Sequence[Tensor | None] = [None] * len(xs) if present is None else present.unbind(1)
@@ -136,9 +136,9 @@ def explain(layer: Any, x: Any) -> Choice:
     """
     if hasattr(layer, "layouts"):
         places = zip(layer.layouts, layer.prefixes, strict=True)
-        x = largest([positions(one, *place) for one, place in zip(x, places, strict=True)])
+        x, products = largest([positions(one, *place) for one, place in zip(x, places, strict=True)]), 1
     elif hasattr(layer, "local_scale") and hasattr(layer, "layout"):
-        x = positions(x, layer.layout, layer.prefix)
+        x, products = positions(x, layer.layout, layer.prefix), 5
     else:
         raise TypeError(f"ops.explain expected an MFA or MIFA, got {type(layer).__name__}: name one within it.")
-    return choose(x, layer.local_scale.shape[0])
+    return choose(x, layer.local_scale.shape[0], products=products)

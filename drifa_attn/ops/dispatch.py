@@ -95,8 +95,11 @@ def kernels(x: Tensor, width: int | None) -> tuple[bool, str]:
     return reason is None, reason or f"Triton takes {x.dtype} at width {width}"
 
 
-def plain(x: Tensor, width: int) -> str | None:
-    """Why `b c n` features take the plain equations at a width, or None. All of it can be compiled, unlike `kernels`."""
+def plain(x: Tensor, width: int, *, products: int = 5) -> str | None:
+    """Why `b c n` features take the plain equations at a width, or None. All of it can be compiled, unlike `kernels`.
+
+    `products` is how many lie between x and what leaves the op, a measure of what there is to save: five in MFA, one in MIFA.
+    """
     if _State.mode == "0":
         return "DRIFA_FUSED is 0"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
@@ -117,12 +120,14 @@ def plain(x: Tensor, width: int) -> str | None:
             return "one position a sample: nothing to pool"
         if elements < small:
             return f"a map of {elements} elements is small: fewer than {small}"
+        if products == 1 and not torch.is_grad_enabled():
+            return "one product a modality: without gradients nothing is kept that could be saved"
     return None
 
 
-def choose(x: Tensor, width: int) -> Choice:
+def choose(x: Tensor, width: int, *, products: int = 5) -> Choice:
     """The implementation for the statistics of `b c n` features at a width."""
-    reason = plain(x, width)
+    reason = plain(x, width, products=products)
     if reason:
         return Choice("eager", reason)
     ok, reason = kernels(x, width)

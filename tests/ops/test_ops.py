@@ -335,3 +335,10 @@ def test_plain_mode_is_functional_to_the_bit():
         gate = mfa.attention(x)
     weights = (mfa.hifa.weights(), mfa.clia.weights(), mfa.global_scale, mfa.local_scale)
     assert_same_bits(gate, functional.mfa(positions(x, "b c ..."), *weights))
+
+
+def test_mifa_without_gradients_is_plain_on_a_cpu():
+    mifa, xs = MIFA(16), [torch.randn(8, 16, 40, 40)] * 2
+    assert ops.explain(mifa, xs).path == "lean"
+    with torch.no_grad():
+        assert "without gradients nothing is kept" in ops.explain(mifa, xs).reason
