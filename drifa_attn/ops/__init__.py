@@ -122,7 +122,11 @@ def mifa(
 
 def largest(xs: Sequence[Tensor]) -> Tensor:
     """The modality with most elements; under tracing, where sizes are tensors, the first."""
-    return xs[0] if torch.jit.is_tracing() else max(xs, key=lambda x: x.shape[1] * x.shape[2])
+    most = xs[0]
+    for x in [] if torch.jit.is_tracing() else xs[1:]:
+        if x.shape[1] * x.shape[2] > most.shape[1] * most.shape[2]:
+            most = x
+    return most
 
 
 def explain(layer: Any, x: Any) -> Choice:

@@ -67,9 +67,11 @@ class Choice(NamedTuple):
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export`, or what builds on it, is running."""
+    """Whether `torch.export`, or what builds on it, is running; torch 2.6 does not tell its strict form from compiling."""
     compiler = torch.compiler
-    return compiler.is_exporting() if hasattr(compiler, "is_exporting") else False
+    if hasattr(compiler, "is_exporting"):
+        return compiler.is_exporting()
+    return compiler.is_compiling() and not compiler.is_dynamo_compiling()
 
 
 def plain_needed(x: Tensor) -> str | None:

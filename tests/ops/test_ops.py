@@ -272,7 +272,7 @@ def test_exported_graphs_need_no_library_unless_asked():
     assert ops.explain(mfa, x).path == "lean"
 
     def names():
-        return [str(node.target) for node in torch.export.export(mfa, (x,)).graph.nodes]
+        return [str(node.target) for node in torch.export.export(mfa, (x,), strict=False).graph.nodes]
 
     assert not any("drifa_attn" in name for name in names())
     with ops.fused("1"):
