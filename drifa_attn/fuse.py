@@ -55,6 +55,7 @@ class Fused(nn.Module):
     ) -> None:
         super().__init__()
         self.branches, self.fusions, self.heads = nn.ModuleDict(branches), nn.ModuleList(fusions), nn.ModuleDict(heads)
+        self.modalities = list(branches)  # the compiler of torch 2.6 does not list a ModuleDict
         self.dropout = nn.Dropout(dropout)
         self.modality_dropout = modality_dropout
         self.stages, self.outputs, self.parts, self.options = stages, outputs, parts, dict(options)
@@ -75,28 +76,27 @@ class Fused(nn.Module):
 
     def features(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
         """The pooled features `b c` of every branch, zeros for a modality that the whole batch lacks."""
-        return dict(zip(self.branches, self.advance(inputs, present)[0], strict=True))
+        return dict(zip(self.modalities, self.advance(inputs, present)[0], strict=True))
 
     def advance(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """All branches from their inputs to their pooled features, and who is present after modality dropout."""
         present = self.presence(inputs, present)
         sample = next(iter(inputs.values()))
         states: dict[str, tuple[Any, ...]] = {}
-        for i, name in enumerate(self.branches):
+        for i, name in enumerate(self.modalities):
             if name in inputs:
                 x = inputs[name]
                 if present is not None and x.is_floating_point():  # what an absent sample holds reaches nothing
                     x = torch.where(present[:, i].reshape(-1, *[1] * (x.ndim - 1)), x, 0)
                 states[name] = (x,)
-        done = dict.fromkeys(self.branches, 0)  # how many of its parts a branch has run
+        done = dict.fromkeys(self.modalities, 0)  # how many of its parts a branch has run
         unused: dict[str, Tensor] = {}
         for fusion, sites in zip(self.fusions, self.stages, strict=True):
             outputs = {
                 name: self.run(name, ran, states[name]) for name, ran in done.items() if name in sites and name in states
             }
             xs = [at_path(outputs[n][0], s.path) if n in outputs else self.stand_in(n, s, sample) for n, s in sites.items()]
-            order = list(self.branches)
-            seen = None if present is None else present[:, [order.index(name) for name in sites]]
+            seen = None if present is None else present[:, [self.modalities.index(name) for name in sites]]
             for (name, site), y in zip(sites.items(), fusion(xs, seen), strict=True):
                 done[name] += 1
                 if name in outputs:
@@ -136,7 +136,7 @@ class Fused(nn.Module):
         """Who is present, `b m`; None if all are."""
         if not isinstance(inputs, Mapping):
             raise TypeError(f"Fused expected a dict of inputs by modality, got {type(inputs).__name__}.")
-        names = list(self.branches)
+        names = self.modalities
         unknown = [name for name in inputs if name not in names]
         if unknown or not inputs:
             raise ValueError(f"Fused expected inputs of some of the modalities {names}, got {list(inputs)}.")
