@@ -39,11 +39,7 @@ def as_map(x: Tensor) -> Tensor:
 
 
 def lin(x: Tensor, linear: Linear) -> Tensor:
-    """`W x + bias`, the same matrix at every position: `b c n -> b d n`.
-
-    Written as the 1x1 convolution it is: of PyTorch's ways to spell it, the fastest on a CPU, forward and backward, in both
-    layouts.
-    """
+    """`W x + bias`, the same matrix at every position, as the 1x1 convolution it is: `b c n -> b d n`."""
     weight, bias = linear
     return F.conv1d(x, rearrange(weight.to(x.dtype), "d c -> d c 1"), bias.to(x.dtype))
 

@@ -44,6 +44,18 @@ def test_a_fast_run_writes_what_its_table_says(tmp_path):
     assert str(tmp_path) not in stem.with_suffix(".json").read_text()
 
 
+def test_every_network_trains_as_its_column_says(monkeypatch):
+    trained = []
+
+    def train(net, *_, **__):
+        trained.append((net.modality_dropout, all(fusion.enabled for fusion in net.fusions)))
+
+    monkeypatch.setattr(example, "train", train)
+    samples = example.embedded()[np.arange(60)]
+    example.measured(example.fused(samples, 0), samples, samples, steps=1, seed=0)
+    assert trained == list(example.NETWORKS.values()) == [(0.0, True), (0.5, True), (0.5, False)]
+
+
 def test_the_embedded_views_are_the_whole_image():
     samples = example.embedded()
     assert {name: view.shape for name, view in samples.views.items()} == {
