@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, timer
 from torch.utils.benchmark.utils.common import TaskSpec
 
-from drifa_attn.trace import FlopCount
+from drifa_attn.network.trace import FlopCount
 
 MIB = 2**20
 SHORTEST_BLOCK = 0.02  # seconds a CPU measurement lasts at least: shorter calls are repeated within it

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from drifa_attn import functional
 from drifa_attn import ops as library
+from drifa_attn.attention.mfa import glorot_, pair
 from drifa_attn.functional import Linear, pool_max, pool_mean, pool_min
 from drifa_attn.layout import scale
-from drifa_attn.mfa import glorot_, pair
 
 from .common import DTYPES, Case, Options, Setup, text
 from .layers import RESNET18, RESNET50, stages

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import drifa_attn
-from drifa_attn.inject import hooks
 from drifa_attn.layout import Layout
+from drifa_attn.wrapping.inject import hooks
 
 from .common import DTYPES, Case, Options, Setup, text
 from .layers import peer

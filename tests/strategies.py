@@ -30,16 +30,16 @@ class Features(NamedTuple):
     x: torch.Tensor
     channels: int
     layout: str
-    prefix: int
+    num_prefix_tokens: int
 
     @property
     def options(self):
-        return {"layout": self.layout, "prefix": self.prefix}
+        return {"layout": self.layout, "num_prefix_tokens": self.num_prefix_tokens}
 
     def positions(self, t=None):
         """The positions of `t` (its own features by default) as `b c ...`."""
         t = self.x if t is None else t
-        return t if self.layout == "b c ..." else t[:, self.prefix :].movedim(-1, 1)
+        return t if self.layout == "b c ..." else t[:, self.num_prefix_tokens :].movedim(-1, 1)
 
 
 @st.composite
@@ -67,7 +67,7 @@ class Modalities(NamedTuple):
 
     @property
     def options(self):
-        return {"layout": [one.layout for one in self.each], "prefix": [one.prefix for one in self.each]}
+        return {"layout": [one.layout for one in self.each], "num_prefix_tokens": [one.num_prefix_tokens for one in self.each]}
 
 
 @st.composite

@@ -34,7 +34,7 @@ def test_positions_have_one_shape(shape, layout, prefix, expected, device):
 @given(strategies.features())
 def test_positions_are_the_features_in_their_order(features):
     expected = features.positions().reshape(features.x.shape[0], features.channels, -1)
-    assert_same_bits(positions(features.x, features.layout, features.prefix), expected)
+    assert_same_bits(positions(features.x, features.layout, features.num_prefix_tokens), expected)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -47,7 +47,7 @@ def test_positions_copy_no_dense_map(memory_format, device):
 
 @given(strategies.features(), strategies.SEEDS)
 def test_scale_multiplies_positions_and_nothing_else(features, seed):
-    x, layout, prefix = features.x, features.layout, features.prefix
+    x, layout, prefix = features.x, features.layout, features.num_prefix_tokens
     factor = torch.randn(x.shape[0], features.channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     y = scale(x, factor, layout, prefix)
     assert_same_bits(positions(y, layout, prefix), positions(x, layout, prefix) * factor[..., None])
@@ -58,7 +58,7 @@ def test_scale_multiplies_positions_and_nothing_else(features, seed):
 @given(strategies.features(), strategies.DTYPES)
 def test_scale_keeps_dtype_and_strides(features, dtype):
     x = features.x.to(dtype)
-    y = scale(x, torch.ones(x.shape[0], features.channels, dtype=torch.float32), features.layout, features.prefix)
+    y = scale(x, torch.ones(x.shape[0], features.channels, dtype=torch.float32), features.layout, features.num_prefix_tokens)
     assert y.dtype == dtype
     kept = torch.empty_like(x, memory_format=torch.preserve_format)  # the strides of x where it is dense
     assert [s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1] == [
@@ -92,10 +92,10 @@ def test_scale_leaves_non_finite_prefix_tokens_alone(device):
     [
         ("b h w c", 0, r'MFA expected layout "b c \.\.\." or "b \.\.\. c", got \'b h w c\''),
         (None, 0, "got None"),
-        (LAST, -1, r"prefix to be an integer >= 0 .*got -1\."),
+        (LAST, -1, r"num_prefix_tokens to be an integer >= 0 .*got -1\."),
         (LAST, True, "got True"),
         (LAST, 1.0, r"got 1\.0"),
-        (FIRST, 2, r'got prefix=2 with layout "b c \.\.\."'),
+        (FIRST, 2, r'got num_prefix_tokens=2 with layout "b c \.\.\."'),
     ],
 )
 def test_layout_is_checked(layout, prefix, message):

@@ -15,9 +15,9 @@ from torch import nn
 
 import drifa_attn
 from drifa_attn import Plan
-from drifa_attn.inject import hooks
 from drifa_attn.layout import positions
-from drifa_attn.trace import tensors_in
+from drifa_attn.trees import tensors_in
+from drifa_attn.wrapping.inject import hooks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -81,7 +81,7 @@ def images(model):
 
 
 def layouts(sites):
-    found = Counter(site.layout + (f", prefix {site.prefix}" if site.prefix else "") for site in sites)
+    found = Counter(site.layout + (f", prefix {site.num_prefix_tokens}" if site.num_prefix_tokens else "") for site in sites)
     return "; ".join(f"`{layout}` × {number}" for layout, number in found.items())
 
 
@@ -154,7 +154,7 @@ def small():
 def pooled(output, site):
     for key in site.path:
         output = output[key]
-    return output if output.ndim == 2 else positions(output, site.layout, site.prefix).mean(-1)
+    return output if output.ndim == 2 else positions(output, site.layout, site.num_prefix_tokens).mean(-1)
 
 
 def check_start(model, x, expected, state, names):

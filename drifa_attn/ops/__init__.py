@@ -139,10 +139,10 @@ def explain(layer: Any, x: Any) -> Choice:
     Raises: TypeError: another layer.
     """
     if hasattr(layer, "layouts"):
-        places = zip(layer.layouts, layer.prefixes, strict=True)
+        places = zip(layer.layouts, layer.num_prefix_tokens, strict=True)
         x, products = largest([positions(one, *place) for one, place in zip(x, places, strict=True)]), 1
     elif hasattr(layer, "local_scale") and hasattr(layer, "layout"):
-        x, products = positions(x, layer.layout, layer.prefix), 5
+        x, products = positions(x, layer.layout, layer.num_prefix_tokens), 5
     else:
         raise TypeError(f"ops.explain expected an MFA or MIFA, got {type(layer).__name__}: name one within it.")
     return choose(x, layer.local_scale.shape[0], products=products)

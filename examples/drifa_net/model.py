@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drifa_attn import MFA, MIFA, RRA
+from drifa_attn.attention.mfa import glorot_
+from drifa_attn.attention.rra import Padding, pad_same
+from drifa_attn.checks import Init, check_count, check_modalities, check_present, per_modality
 from drifa_attn.layout import check_features
-from drifa_attn.mfa import Init, check_count, glorot_
-from drifa_attn.mifa import check_modalities, check_present, per_modality
-from drifa_attn.rra import Padding, pad_same
 
 # One row a stage: channels (in widths), stride, dropout after the block, an MFA after it.
 STAGES = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from drifa_attn.losses import IGNORED
+from drifa_attn.fusion.losses import IGNORED
 from examples.drifa_net.data import IGNORE, SHIFT, Images, Pairs, augment, load, shift
 from examples.drifa_net.sources import Collection
 from tests._compare import assert_same_bits

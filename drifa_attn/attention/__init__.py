@@ -1,0 +1,1 @@
+"""The paper's layers, one file a figure. Knows tensors; knows no network, no hook and no file."""

@@ -1,0 +1,221 @@
+"""Multimodal information fusion attention (MIFA), Fig. 3 of arXiv:2412.01248: MGIFA, MLIFA and their fusion."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from drifa_attn import functional, ops
+from drifa_attn.checks import Init, check_count, check_init, check_modalities, check_present, per_modality
+from drifa_attn.functional import Linear
+from drifa_attn.layout import Layout, check_features, check_layout, positions
+
+from .mfa import glorot_, pair, reduced_width
+
+
+def checked_positions(owner: str, xs: Sequence[Tensor], modalities: int, channels: int, present: Tensor | None) -> list[Tensor]:
+    """The `b c n` views of checked `b c ...` features, what absent modalities hold replaced by zeros."""
+    check_modalities(owner, xs, modalities)
+    for x in xs:
+        check_features(owner, x, channels, "b c ...")
+    check_present(owner, present, xs)
+    return functional.mask_absent([positions(x, "b c ...") for x in xs], present)
+
+
+class MGIFA(nn.Module):
+    """Multimodal global information fusion attention, Fig. 3: one dense layer shared by the three poolings.
+
+        G = Σ_{r ∈ (min, mean, max)} σ(lin(dense, Σ_i r(x_i)))
+
+    Args:
+        channels: channels of every modality, >= 1.
+
+    Shape: a list of x_i `b c ...` (positions may differ), present `b m` -> G `b c`, float32 at least, in (0, 3).
+    Raises: ValueError, TypeError: a feature of other channels or batch size, or a `present` that is no boolean `b m`.
+    Differs: `present` is not in the paper; None is the paper.
+    """
+
+    def __init__(self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        check_count("MGIFA", "channels", channels)
+        self.channels = channels
+        self.dense = nn.Linear(channels, channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Paper initialisation: Glorot-uniform weights, zero biases."""
+        self.apply(glorot_)
+
+    def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """The global information G `b c` that the modalities share."""
+        xs = checked_positions("MGIFA", xs, len(xs), self.channels, present)
+        with functional.exact(xs[0]):
+            return functional.mgifa(xs, pair(self.dense), present)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"
+
+
+class MLIFA(nn.Module):
+    """Multimodal local information fusion attention, Fig. 3: one convolution per modality.
+
+        t_i = σ(lin(convs[i], x_i))        L = Σ_{r ∈ (min, mean, max)} Σ_i r(t_i)
+
+    Args:
+        channels: channels of every modality, >= 1.
+        modalities: their number m, >= 1.
+
+    Shape: a list of m x_i `b c ...` (positions may differ), present `b m` -> L `b c`, float32 at least, in (0, 3m).
+    Raises: ValueError, TypeError: a feature of other channels or batch size, or a `present` that is no boolean `b m`.
+    Differs: m other than 2 and `present` are not in the paper.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        modalities: int = 2,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("MLIFA", "channels", channels)
+        check_count("MLIFA", "modalities", modalities)
+        self.channels, self.modalities = channels, modalities
+        self.convs = nn.ModuleList(nn.Linear(channels, channels, device=device, dtype=dtype) for _ in range(modalities))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Paper initialisation: Glorot-uniform weights, zero biases."""
+        self.apply(glorot_)
+
+    def weights(self) -> list[Linear]:
+        """The convolutions' weights, one pair per modality."""
+        return [pair(conv) for conv in self.convs]
+
+    def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """The local information L `b c` that the modalities share."""
+        xs = checked_positions("MLIFA", xs, self.modalities, self.channels, present)
+        with functional.exact(xs[0]):
+            return functional.mlifa(xs, self.weights(), present)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, modalities={self.modalities}"
+
+
+class MIFA(nn.Module):
+    """Multimodal information fusion attention, Fig. 3: one gate shared by all modalities.
+
+        a   = σ(global_scale · MGIFA(x_1..x_m) + local_scale · MLIFA(x_1..x_m))
+        y_i = x_i · a · alphas[i]
+
+    The modalities may differ in positions, layout and channels. Unequal channels, or a `dim` or `reduction`, add linear maps
+    to and from one width d: `z_i = lin(squeezes[i], x_i)`, the gate is read off the shared sum by `lin(expands[i], …)`.
+    `init="identity"` adds learned `strengths`, zero at the start: `y_i = x_i · (1 + strengths[i] · (a · alphas[i] − 1))`.
+
+    Args:
+        channels: channels of every modality, >= 1: one number, or one per modality.
+        modalities: their number m, >= 1; None is the length of `channels`, or the paper's 2.
+        dim: the common width d, >= 1; None with unequal channels and no reduction is the largest of the channels.
+        reduction: None, or an integer >= 1 for `d = max(max(channels) // reduction, 8)`; not together with `dim`.
+        init: "paper" (Glorot-uniform weights, zero biases, scales and alphas one) or "identity" (the same, strengths zero).
+        layout: "b c ..." or "b ... c", one for all or one per modality.
+        num_prefix_tokens: leading tokens that take no part in the pooling and pass unchanged, one for all or one per modality.
+
+    Shape: a list of m features of these layouts, present `b m` (True: this sample has this modality) -> a list of the same
+        shapes, dtypes and strides. An absent modality adds to no sum and passes unchanged; so does a sample with none.
+    Raises: ValueError, TypeError: an argument out of its range, a feature of another layout, width or batch size, or a
+        `present` that is no boolean `b m`.
+    Differs: m other than 2, unequal channels, `dim`, `reduction`, `init="identity"`, `layout`, `num_prefix_tokens` and `present`
+        are not in the paper; by default none is used. The released notebooks call the layer DeeperGlobalLocalAttentionLayer.
+    """
+
+    def __init__(
+        self,
+        channels: int | Sequence[int],
+        modalities: int | None = None,
+        *,
+        dim: int | None = None,
+        reduction: int | None = None,
+        init: Init = "paper",
+        layout: Layout | Sequence[Layout] = "b c ...",
+        num_prefix_tokens: int | Sequence[int] = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if modalities is None:
+            modalities = 2 if isinstance(channels, int) else len(channels)
+        check_count("MIFA", "modalities", modalities)
+        check_init("MIFA", init)
+        self.channels = per_modality("MIFA", "channels", channels, modalities)
+        self.layouts = per_modality("MIFA", "layout", layout, modalities)
+        self.num_prefix_tokens = per_modality("MIFA", "num_prefix_tokens", num_prefix_tokens, modalities)
+        for c in self.channels:
+            check_count("MIFA", "channels", c)
+        for one_layout, one_prefix in zip(self.layouts, self.num_prefix_tokens, strict=True):
+            check_layout("MIFA", one_layout, one_prefix)
+        if dim is not None and reduction is not None:
+            raise ValueError(f"MIFA expected dim or reduction, got both (dim={dim}, reduction={reduction}): leave one out.")
+        if dim is not None:
+            check_count("MIFA", "dim", dim)
+        self.modalities, self.reduction, self.init = modalities, reduction, init
+        self.dim = dim or reduced_width("MIFA", max(self.channels), reduction)
+        self.squeezes: nn.ModuleList | None = None
+        self.expands: nn.ModuleList | None = None
+        if dim is not None or reduction is not None or len(set(self.channels)) > 1:
+            self.squeezes = nn.ModuleList(nn.Linear(c, self.dim, device=device, dtype=dtype) for c in self.channels)
+            self.expands = nn.ModuleList(nn.Linear(self.dim, c, device=device, dtype=dtype) for c in self.channels)
+        self.mgifa = MGIFA(self.dim, device=device, dtype=dtype)
+        self.mlifa = MLIFA(self.dim, modalities, device=device, dtype=dtype)
+        self.global_scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.local_scale = nn.Parameter(torch.empty(self.dim, device=device, dtype=dtype))
+        self.alphas = nn.ParameterList(torch.empty(c, device=device, dtype=dtype) for c in self.channels)
+        self.strengths: nn.ParameterList | None = None
+        if init == "identity":
+            self.strengths = nn.ParameterList(torch.empty(c, device=device, dtype=dtype) for c in self.channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the start named by `init`."""
+        self.apply(glorot_)
+        for one in (self.global_scale, self.local_scale, *self.alphas):
+            nn.init.ones_(one)
+        for zero in self.strengths or ():
+            nn.init.zeros_(zero)
+
+    def attention(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+        """The gates a_i `b c_i` of features xs, in (0, 1), float32 at least; at equal channels they are one gate."""
+        check_modalities("MIFA", xs, self.modalities)
+        for x, c, layout, num_prefix_tokens in zip(xs, self.channels, self.layouts, self.num_prefix_tokens, strict=True):
+            check_features("MIFA", x, c, layout, num_prefix_tokens)
+        check_present("MIFA", present, xs)
+        flat = [positions(x, *where) for x, *where in zip(xs, self.layouts, self.num_prefix_tokens, strict=True)]
+        return ops.mifa(
+            flat,
+            pair(self.mgifa.dense),
+            self.mlifa.weights(),
+            self.global_scale,
+            self.local_scale,
+            present=present,
+            squeezes=None if self.squeezes is None else [pair(s) for s in self.squeezes],
+            expands=None if self.expands is None else [pair(e) for e in self.expands],
+        )
+
+    def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+        """The features xs, each channel of each present modality multiplied by its gain."""
+        gates = self.attention(xs, present)
+        strengths = self.strengths or [None] * self.modalities
+        ys = []
+        for i, (x, a) in enumerate(zip(xs, gates, strict=True)):
+            factor = functional.gain(a, self.alphas[i], strengths[i])
+            if present is not None:
+                factor = torch.where(present[:, i, None], factor, 1)
+            ys.append(ops.gate(x, factor, self.layouts[i], self.num_prefix_tokens[i]))
+        return ys
+
+    def extra_repr(self) -> str:
+        same = len(set(self.channels)) == 1
+        return (
+            f'{self.channels[0] if same else self.channels}, modalities={self.modalities}, dim={self.dim}, init="{self.init}"'
+        )

@@ -1,0 +1,1 @@
+"""Attention in files: written, read, and put back on a fresh network."""

@@ -1,0 +1,1 @@
+"""Several networks in lockstep, and what happens between and behind them."""

@@ -1,0 +1,249 @@
+"""What a network does, seen from outside: one forward of a copy without memory, every module call and its dataflow recorded.
+
+The copy lives on the meta device: shapes and Python control flow are the network's own, no number is computed, and the
+network itself, its caches included, is never touched.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drifa_attn.trees import Path, replace_tensor, tensors_in
+
+Shape = tuple[int, ...]
+
+ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+POINTWISE = ADDITIONS | {
+    *(F.layer_norm, F.linear, F.dropout, F.gelu, F.relu, F.silu, torch.mul, torch.sub, torch.sigmoid, torch.tanh),
+    *(Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.sub, Tensor.__sub__, Tensor.sigmoid, Tensor.tanh),
+    *(Tensor.to, Tensor.float, Tensor.type_as, Tensor.contiguous, Tensor.clone, getattr(F, "rms_norm", F.layer_norm)),
+}
+MOST_PREFIX = 16  # no published network has more class and register tokens than this
+
+
+def meta_clone(model: nn.Module) -> nn.Module:
+    """A copy of the network without memory: same modules and attributes, every tensor they hold on the meta device.
+
+    Hooks that are plain functions are left out: they are not copied, and what they write to is not the copy's.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for _, tensor in tensors_in(vars(module)):  # parameters, buffers, and whatever else it keeps
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    clone = copy.deepcopy(model, memo).eval()
+    for module in clone.modules():
+        for registered in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in registered.items() if isinstance(hook, FunctionType)]:
+                del registered[key]
+    return clone
+
+
+@dataclass
+class Flow:
+    """Which marks a tensor depends on, as bit sets: at all, through positions other than a prefix, and mixed over them."""
+
+    tensor: Tensor  # held, so that its id stays its own
+    reach: int = 0
+    through_positions: int = 0
+    mixed: int = 0
+
+
+@dataclass
+class Leaf:
+    """One tensor of a module's output."""
+
+    shape: Shape
+    mark: int
+    is_floating: bool
+
+
+@dataclass
+class Call:
+    """A module's last call: when it was complete, its input and output, and how many calls there were."""
+
+    order: int
+    count: int = 0
+    leaves: dict[Path, Leaf] = field(default_factory=dict)
+    input_mark: int = 0
+    is_dict: bool = False
+
+
+@dataclass
+class Trace:
+    """The record of one forward, `calls` by module name."""
+
+    batch: int
+    calls: dict[str, Call] = field(default_factory=dict)
+    additions: list[tuple[str, int, int]] = field(default_factory=list)  # frame, reach of either operand
+    concatenations: set[str] = field(default_factory=set)  # frames
+    normed: set[str] = field(default_factory=set)  # modules whose output a norm reads
+    flops: int = 0
+    output_reach: int = 0
+    output_through_positions: int = 0
+    output_producers: set[str] = field(default_factory=set)
+
+    def is_live(self, leaf: Leaf, prefix: int) -> bool:
+        """Whether the network's output depends on this tensor, or with a prefix, on the positions behind it."""
+        return bool(leaf.mark & (self.output_through_positions if prefix else self.output_reach))
+
+
+def reads_prefix(function: Callable, args: tuple) -> bool:
+    """Whether this operation reads only the first few entries of axis 1, as class-token heads do."""
+    if function is not Tensor.__getitem__ or args[0].ndim != 3:
+        return False
+    index = args[1]
+    if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None):
+        return False
+    stop = index[1].stop if isinstance(index[1], slice) else index[1] + 1 if isinstance(index[1], int) else None
+    return isinstance(stop, int) and 0 < stop <= min(MOST_PREFIX, args[0].shape[1] - 1)
+
+
+class Tracer(TorchFunctionMode):
+    """Records module calls (by hooks on the copy) and what each tensor depends on (by watching every torch function)."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.trace = Trace(batch)
+        self.flows: dict[int, Flow] = {}
+        self.frames: list[str] = []
+        self.producers: dict[int, set[str]] = {}
+        self.marks = 0
+
+    def flow(self, tensor: Tensor) -> Flow:
+        return self.flows.setdefault(id(tensor), Flow(tensor))
+
+    def new_mark(self) -> int:
+        self.marks += 1
+        return 1 << self.marks
+
+    def mark(self, tensor: Tensor, bit: int) -> None:
+        flow = self.flow(tensor)
+        flow.reach |= bit
+        flow.through_positions |= bit
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        inputs = [self.flows[id(t)] for _, t in tensors_in((args, kwargs or {})) if id(t) in self.flows]
+        if inputs and self.frames:
+            self.note_merge(function, args, result)
+        outputs = [t for _, t in tensors_in(result)]
+        name = getattr(function, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
+            outputs += [t for t in args[:1] if isinstance(t, Tensor)]
+            outputs += [t._base for t in outputs if t._base is not None]
+        if inputs:
+            self.propagate(function, args, inputs, outputs)
+        return result
+
+    def propagate(self, function: Any, args: tuple, inputs: list[Flow], outputs: list[Tensor]) -> None:
+        """What the inputs of an operation depend on, its outputs depend on."""
+        reach = through = mixed = 0
+        for flow in inputs:
+            reach, through, mixed = reach | flow.reach, through | flow.through_positions, mixed | flow.mixed
+        if reads_prefix(function, args):
+            through = mixed
+        elif function not in POINTWISE:
+            mixed = through
+        for tensor in outputs:
+            flow = self.flow(tensor)
+            flow.reach |= reach
+            flow.through_positions |= through
+            flow.mixed |= mixed
+
+    def note_merge(self, function: Any, args: tuple, result: Any) -> None:
+        """Record a sum or concatenation of two tensors that both depend on the input of the module it stands in."""
+        frame = self.frames[-1]
+        bit = self.trace.calls[frame].input_mark
+        if function in ADDITIONS and isinstance(result, Tensor):
+            reaches = [self.flow(t).reach for t in args[:2] if isinstance(t, Tensor) and t.shape == result.shape]
+            if len(reaches) == 2 and all(reach & bit for reach in reaches):
+                self.trace.additions.append((frame, reaches[0], reaches[1]))
+        elif function in CONCATENATIONS and args:
+            if sum(bool(self.flow(t).reach & bit) for t in args[0]) > 1:
+                self.trace.concatenations.add(frame)
+
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a module's forward."""
+        call = self.trace.calls.setdefault(name, Call(order=0))
+        call.count += 1
+        call.input_mark = self.new_mark()
+        call.is_dict |= any(isinstance(value, dict) for value in (*args, *kwargs.values()))
+        is_norm = "norm" in type(module).__name__.lower()
+        for _, tensor in tensors_in((args, kwargs)):
+            self.mark(tensor, call.input_mark)
+            if is_norm:
+                self.trace.normed |= self.producers.get(id(tensor), set())
+        self.frames.append(name)
+
+    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """After a module's forward, which gives views of its output: one tensor may be there twice, or be the input too."""
+        self.frames.pop()
+        call = self.trace.calls[name]
+        call.order = self.marks
+        call.is_dict |= isinstance(output, dict)
+        inputs = [self.flow(t) for _, t in tensors_in((args, kwargs))]
+        call.leaves = {}
+        for path, tensor in tensors_in(output):
+            if id(tensor) not in self.flows:  # made by something no torch function shows, such as a scripted one
+                self.propagate(None, (), inputs, [tensor])
+            mark, view = self.new_mark(), tensor.view_as(tensor)
+            self.flows[id(view)] = replace(self.flow(tensor), tensor=view)
+            self.mark(view, mark)
+            self.producers[id(view)] = self.producers.get(id(tensor), set()) | {name}
+            call.leaves[path] = Leaf(tuple(tensor.shape), mark, tensor.is_floating_point())
+            output = replace_tensor(output, path, lambda _, view=view: view)  # type: ignore[misc]
+        return output
+
+
+class FlopCount(TorchDispatchMode):
+    """Counts the FLOPs of products and convolutions by torch's own formulas (without `FlopCounterMode`'s module tracker, which
+    some networks break).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry  # not above: it loads triton where there is one
+
+        self.formulas = flop_registry
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        formula = self.formulas.get(function._overloadpacket)
+        self.total += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        return result
+
+
+def trace(clone: nn.Module, args: tuple, kwargs: dict | None = None) -> Trace:
+    """Run one forward of a copy of the network and return its record; the copy keeps no hook."""
+    kwargs = kwargs or {}
+    batch = next((t.shape[0] for _, t in tensors_in((args, kwargs)) if t.ndim), 0)
+    tracer = Tracer(batch)
+    with ExitStack() as stack:
+        for name, module in clone.named_modules():
+            enter, leave = partial(tracer.enter, name), partial(tracer.leave, name)
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        stack.enter_context(torch.no_grad())
+        counter = stack.enter_context(FlopCount())
+        stack.enter_context(tracer)
+        output = clone(*args, **kwargs)
+    for _, tensor in tensors_in(output):
+        flow = tracer.flow(tensor)
+        tracer.trace.output_reach |= flow.reach
+        tracer.trace.output_producers |= tracer.producers.get(id(tensor), set())
+        tracer.trace.output_through_positions |= flow.through_positions
+    tracer.trace.flops = counter.total
+    return tracer.trace

@@ -1,0 +1,1 @@
+"""Several passes of a network and what they tell about its predictions."""

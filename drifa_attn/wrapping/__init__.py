@@ -1,0 +1,1 @@
+"""Attention into one network, and the verbs for what a network holds."""

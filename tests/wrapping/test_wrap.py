@@ -1,0 +1,399 @@
+import copy
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from drifa_attn import MFA, attention_maps, attention_parameters, disabled, freeze_backbone, plan, unwrap, wrap
+from drifa_attn.trees import replace_tensor
+from drifa_attn.wrapping.inject import hooks
+from tests._compare import assert_same_bits, assert_same_math
+from tests.cases import perturb_
+from tests.network.test_survey import NETWORKS, built, planned
+from tests.network.test_trace import Net, conv
+
+EVERY = pytest.mark.parametrize("name", NETWORKS)
+WAYS = pytest.mark.parametrize("at", ["stage", "block"])
+
+
+@cache
+def wrapped_once(name, at):
+    model, x = built(name)
+    return wrap(model, at, example_input=x)
+
+
+def wrapped(name, at="stage"):
+    """A network of the list in eval mode with attention that does something, and an input for it."""
+    model, x = copy.deepcopy(wrapped_once(name, at)), built(name)[1]
+    for attention in (m for m in model.modules() if isinstance(m, MFA)):
+        perturb_(attention)
+    return model, x
+
+
+def awaken_(model):
+    """Give weight to what starts at zero: a zero head or norm hides whatever is behind it."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+
+
+def features(model, x):
+    """What the network makes before its head, or its output where it does not say."""
+    found = model.forward_features(x) if hasattr(model, "forward_features") else model(x)
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
+def training_step(model, x):
+    """The output of a copy in training mode under one seed, and the buffers it left."""
+    model = copy.deepcopy(model).train()
+    torch.manual_seed(2)
+    return [model(x), *model.buffers()]
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)
+
+
+def registered(model):
+    """Every module of a network with its mode and what is registered on it."""
+    return {
+        name: (id(m), m.training, *(list(known) for known in (m._forward_hooks, m._forward_pre_hooks, m._modules, m._buffers)))
+        for name, m in model.named_modules()
+    }
+
+
+# The start, and back -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_round_trip(model, x, **arguments):
+    """Wrap and unwrap; nothing may change but what is added, and that is gone in the end."""
+    original, kind, keys, before = copy.deepcopy(model), type(model), list(model.state_dict()), registered(model)
+    expected_step = training_step(original, x)
+    assert wrap(model, example_input=x, **arguments) is model
+    assert type(model) is kind
+    after = registered(model)
+    assert all(after[name][:2] == before[name][:2] for name in before)
+    attentions = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, MFA)}
+    added = {f"{name}.{key}" for name in attentions for key in model.get_submodule(name).state_dict()}
+    assert [key for key in model.state_dict() if key not in added] == keys
+    missing, unexpected = model.load_state_dict(original.state_dict(), strict=False)
+    assert (set(missing), unexpected) == (added, [])
+    assert_same(training_step(model, x), expected_step)
+    model.eval(), original.eval()
+    expected = [original(x), *features(original, x)]
+    assert_same([model(x), *features(model, x)], expected)
+    modes = {name: m.training for name, m in original.named_modules()}
+    assert unwrap(model) is model
+    assert list(model.state_dict()) == keys
+    assert registered(model) == {name: (i, modes[name], *rest) for name, (i, _, *rest) in before.items()}
+    assert_same([model(x), *features(model, x)], expected)
+
+
+@WAYS
+@EVERY
+def test_wrap_changes_no_bit_and_unwrap_leaves_no_trace(name, at):
+    check_round_trip(*built(name), at=at)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("resnet", {"reduction": None}),
+        ("resnet", {"at": "block", "reduction": 3}),
+        ("vit", {"at": "block", "reduction": None}),
+        ("swin", {"reduction": None}),
+        ("tnt", {"reduction": 10**6}),
+        ("densenet", {"at": "conv"}),
+    ],
+)
+def test_wrap_changes_no_bit_at_any_width(name, arguments):
+    check_round_trip(*built(name), **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"variant": "paper"}, {"init": "paper"}])
+def test_unwrap_takes_the_paper_start_out_and_wrap_works_again(arguments):
+    model, x = built("resnet")
+    expected, keys = model(x), list(model.state_dict())
+    for _ in range(2):
+        wrap(model, example_input=x, **arguments)
+        assert (model(x) - expected).abs().max() > 1e-4 * expected.abs().max()
+        unwrap(model)
+        assert list(model.state_dict()) == keys
+        assert_same_bits(model(x), expected)
+
+
+# What attention does -----------------------------------------------------------------------------------------------------
+
+
+def counted(model):
+    """How often each attention runs, whoever runs it, counted from now on."""
+    counts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MFA):
+            counts[name] = 0
+            module.register_forward_hook(lambda *_, name=name: counts.__setitem__(name, counts[name] + 1))
+    return counts
+
+
+@WAYS
+@EVERY
+@torch.no_grad()
+def test_every_site_fires_exactly_once(name, at):
+    model, x = wrapped(name, at)
+    counts = counted(model)
+    assert len(counts) == len(planned(name, at).sites)
+    model(x)
+    assert set(counts.values()) == {1}, counts
+    model.train()(x)
+    assert set(counts.values()) == {2}, counts
+    with disabled(model):
+        model(x)
+    assert set(counts.values()) == {2}, counts
+
+
+def gained(t, site, attention):
+    """The equation of a site's attention, its layout by hand."""
+    maps = t if site.layout == "b c ..." else t[:, site.num_prefix_tokens :].movedim(-1, 1)
+    plain = copy.copy(attention)
+    plain.layout, plain.num_prefix_tokens = "b c ...", 0
+    factor = 1 + attention.strength * (plain.attention(maps) * attention.alpha - 1)
+    maps = maps * factor[(..., *[None] * (maps.ndim - 2))]
+    return maps if site.layout == "b c ..." else torch.cat([t[:, : site.num_prefix_tokens], maps.movedim(1, -1)], 1)
+
+
+@WAYS
+@EVERY
+@torch.no_grad()
+def test_attention_changes_its_sites_and_nothing_else(name, at):
+    (model, x), (original, _), (other, _) = wrapped(name, at), built(name), built(name)
+    ours = list(hooks(model))
+    assert [hook.site for hook in ours] == sorted(planned(name, at).sites, key=[hook.site for hook in ours].index)
+    for hook in ours:
+        other.get_submodule(hook.site.module).register_forward_hook(
+            lambda _, args, output, h=hook: replace_tensor(output, h.site.path, lambda t: gained(t, h.site, h.attention))
+        )
+    for actual, expected, before in zip(features(model, x), features(other, x), features(original, x), strict=True):
+        assert_same_math(actual, expected)
+        assert (actual - before).abs().max() > 1e-3 * before.abs().max()
+
+
+@WAYS
+@EVERY
+def test_every_attention_parameter_learns(name, at):
+    model, x = wrapped(name, at)
+    awaken_(model)
+    logits = model(x)
+    (logits * torch.randn(logits.shape)).sum().backward()
+    for hook in hooks(model):
+        for key, parameter in hook.attention.named_parameters():
+            assert parameter.grad is not None, f"{hook.site.name} {key} is not reached"
+            assert parameter.grad.isfinite().all(), f"{hook.site.name} {key}"
+            assert parameter.grad.any(), f"{hook.site.name} {key} has a zero gradient"
+
+
+# Off, looked at, frozen --------------------------------------------------------------------------------------------------
+
+
+class StopError(Exception):
+    pass
+
+
+@WAYS
+@EVERY
+@torch.no_grad()
+def test_disabled_gives_the_original_network_and_comes_back(name, at):
+    model, x = wrapped(name, at)
+    expected, ours = features(built(name)[0], x), features(model, x)
+    with disabled(model):
+        assert_same(features(model, x), expected)
+        with disabled(model):
+            assert_same(features(model, x), expected)
+        assert_same(features(model, x), expected)
+    assert_same(features(model, x), ours)
+    with pytest.raises(StopError), disabled(model):
+        raise StopError
+    assert_same(features(model, x), ours)
+    assert not torch.equal(ours[0], expected[0])
+
+
+@WAYS
+@EVERY
+def test_attention_maps_are_the_gates_of_the_sites(name, at):
+    model, x = wrapped(name, at)
+    model.train()
+    next(model.children()).eval()
+    before, buffers = registered(model), [b.clone() for b in model.buffers()]
+    maps = attention_maps(model, x)
+    assert list(maps) == sorted((site.name for site in planned(name, at).sites), key=list(maps).index)
+    for site in planned(name, at).sites:
+        gate = maps[site.name]
+        assert (gate.shape, gate.dtype) == ((len(x), site.channels), torch.float32)
+        assert ((gate > 0) & (gate < 1)).all()
+        assert gate.std(1).min() > 0
+        assert not gate.requires_grad
+    assert registered(model) == before
+    assert_same(model.buffers(), buffers)
+
+
+def test_attention_maps_take_what_the_network_takes():
+    model = Net(lambda net, *, image: net.f(image), f=conv())
+    seen = []
+    wrap(model, ["f"], example_input={"image": torch.randn(2, 8, 4, 4)}).train()
+    (hook,) = hooks(model)
+    hook.attention.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    before = registered(model)
+    gate = attention_maps(model, image=torch.randn(3, 8, 5, 5))["f"]
+    assert_same_bits(gate, hook.attention.attention(seen[0]).detach())
+    with pytest.raises(TypeError, match="positional argument"):
+        attention_maps(model, torch.randn(3, 8, 5, 5))
+    assert registered(model) == before
+
+
+def test_attention_maps_of_a_disabled_network_are_still_its_gates():
+    model, x = wrapped("resnet")
+    expected = attention_maps(model, x)
+    with disabled(model):
+        assert attention_maps(model, x).keys() == expected.keys()
+
+
+@pytest.mark.parametrize("classifier", [True, False, "fc", ["fc", "layer4"], ("layer4.0",)], ids=str)
+def test_freeze_backbone_leaves_attention_and_classifier(classifier):
+    model, x = wrapped("resnet")
+    awaken_(model)
+    model.conv1.requires_grad_(False)
+    names = {True: ["fc"], False: [], "fc": ["fc"]}.get(classifier) if isinstance(classifier, bool | str) else classifier
+    assert freeze_backbone(model, classifier=classifier) is model
+    expected = {n for n, _ in model.named_parameters() if "drifa_attn" in n or any(n.startswith(f"{c}.") for c in names)}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
+    assert [id(p) for n, p in model.named_parameters() if "drifa_attn" in n] == [id(p) for p in attention_parameters(model)]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(x).sin().sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=100.0).step()
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier", "message"),
+    [
+        ("torchvision resnet", True, "ResNet does not state its classifier: name it, e.g. classifier='fc'"),
+        ("resnet", "head", "ResNet has no module 'head' to take as its classifier"),
+        ("resnet", ["fc", "headd"], "no module 'headd'"),
+    ],
+)
+def test_freeze_backbone_refuses_unknown_classifiers_and_freezes_nothing(name, classifier, message):
+    model, _ = wrapped(name)
+    with pytest.raises(ValueError, match=message):
+        freeze_backbone(model, classifier=classifier)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+NEED_ATTENTION = {
+    "unwrap": unwrap,
+    "disabled": lambda model: disabled(model).__enter__(),
+    "attention_parameters": attention_parameters,
+    "attention_maps": lambda model: attention_maps(model, torch.randn(1, 3, 64, 64)),
+    "freeze_backbone": freeze_backbone,
+}
+
+
+@pytest.mark.parametrize("function", NEED_ATTENTION.values(), ids=NEED_ATTENTION)
+def test_networks_without_attention_are_refused(function):
+    model, x = built("resnet")
+    model.train()
+    before = registered(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"ResNet holds no attention: drifa_attn\.wrap\(model\) first"):
+            function(model)
+        assert registered(model) == before
+        assert all(p.requires_grad for p in model.parameters())
+        unwrap(wrap(model, ["layer1"], example_input=x))
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def refused(model, x, error, message):
+    """The body raises, and the network is untouched."""
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(x)
+    before, state = registered(model), {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        yield
+    assert registered(model) == before
+    assert list(model.state_dict()) == list(state)
+    assert_same(model.state_dict().values(), state.values())
+    with torch.no_grad():
+        assert_same_bits(copy.deepcopy(model).eval()(x), expected)
+
+
+BLIND = {
+    "twice": (["twice"], r"no attention can go at 'twice': it is called 2 times in one forward"),
+    "one of several": (["fine", "twice"], r"at 'twice': it is called 2 times"),
+    "never": (["never"], r"at 'never': it is not called"),
+    "dead": (["dead"], r"at 'dead': its output is discarded: the network's result does not depend on it"),
+    "shared": (["alias"], r"at= names no module of Net: \['alias'\]"),
+    "scalar": (["scalar"], r"at 'scalar': its output is no floating-point feature: \(\)"),
+    "regex": ("twice|dead", r"Looked at:\n  twice: it is called 2 times in one forward\n  dead: its output is discarded"),
+    "block": ("block", r"Net has nothing .* at='block'. Looked at:\n  twice .*Conv2d"),
+    "conv": ("conv", r"has nothing that attention can go into with at='conv'"),
+}
+
+
+def chain(net, x):
+    net.dead(x)
+    return net.fine(net.twice(net.twice(x))) * net.scalar(x)
+
+
+@pytest.mark.parametrize(("at", "message"), BLIND.values(), ids=BLIND)
+def test_modules_that_can_be_no_site_are_refused_by_name(at, message):
+    model, x = Net(chain, **{name: conv() for name in ("twice", "never", "dead", "fine")}), torch.randn(2, 8, 4, 4)
+    model.alias, model.scalar = model.twice, Net(lambda net, x: x.mean())
+    with refused(model, x, ValueError, message):
+        wrap(model, at, example_input=x)
+
+
+def script(model, _):
+    return torch.jit.script(nn.Sequential(model.conv1))
+
+
+NOT_NETWORKS = {
+    "wrapped": (lambda model, x: wrap(model, ["layer1"], example_input=x), "ResNet is wrapped already: drifa_attn.unwrap"),
+    "holds a wrapped one": (
+        lambda model, x: nn.Sequential(wrap(model, ["layer1"], example_input=x)),
+        "Sequential is wrapped already",
+    ),
+    "DataParallel": (lambda model, _: nn.DataParallel(model), "got a DataParallel: wrap the network first, then make it para"),
+    "torch.compile": (lambda model, _: torch.compile(model), "got a compiled network: wrap it first, then compile it"),
+    "compile": (lambda model, _: model.compile() or model, "got a compiled network: wrap it first"),
+    "a compiled part": (lambda model, _: model.layer1.compile() or model, "got a compiled network at 'layer1'"),
+    "scripted": (script, "got a RecursiveScriptModule: wrap the network first, then trace or script it"),
+    "traced": (lambda model, x: torch.jit.trace(model, x), "got a TopLevelTracedModule: wrap the network first"),
+    "a name": (lambda *_: "resnet50", "expected an nn.Module, got str"),
+    "a class": (lambda *_: nn.Identity, "expected an nn.Module, got type"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
+@pytest.mark.parametrize(("prepare", "message"), NOT_NETWORKS.values(), ids=NOT_NETWORKS)
+def test_wrapped_parallel_compiled_and_other_things_are_refused(prepare, message):
+    model, x = built("resnet")
+    thing = prepare(model, x)
+    before, keys = registered(model), list(model.state_dict())
+    for function in (plan, wrap):
+        with pytest.raises((TypeError, ValueError), match=message):
+            function(thing, example_input=x)
+    assert registered(model) == before
+    assert list(model.state_dict()) == keys
+
+
+def test_networks_with_nothing_to_wrap_are_refused_with_what_was_looked_at():
+    with pytest.raises(ValueError, match=r"Flatten has nothing .* Looked at:\n  no module: the network has none"):
+        wrap(nn.Flatten())
+    model, x = built("vit")
+    with refused(model, x, ValueError, r"VisionTransformer has nothing .* at='conv'. Looked at:\n  patch_embed \(PatchEmbed\)"):
+        wrap(model, "conv", example_input=x)
