@@ -1,12 +1,12 @@
-"""The equations of DRIFA's attention, with the weights passed in.
+"""The equations of DRIFA's attention as functions that take the weights as arguments.
 
-This file is the reference for every layer, test and fused op of the package. Axes: `b` batch, `c` channels, `n` positions
-(pixels, voxels, tokens; 1 for a vector), `m` modalities, `r` the three poolings (min, mean, max). A layer's weights come as
-a `Linear`: the pair (weight `out in`, bias `out`).
+This file is the reference for every layer, test and fused operator of the package. Axes: `b` batch, `c` channels, `d` the width
+that attention works at, `n` positions (pixels, voxels, tokens; 1 for a vector), `m` modalities, `r` the three poolings (min,
+mean, max). Each linear map is a `Linear`: the pair (weight `out in`, bias `out`).
 
-Precision: a map of positions is computed in the dtype of `x`, except that float16, whose range an unbounded product can
-leave, is computed in float32. Pooled vectors and gates are computed in float32, or in float64 when `x` is. Autocast never
-lowers either.
+Precision: a map of positions is computed in the dtype of `x`. The exception is float16, which is computed in float32, because
+an unbounded product can exceed the range of float16. Pooled vectors and gates are computed in float32, or in float64 if `x`
+is float64. Autocast never lowers either.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from torch import Tensor
 Linear = tuple[Tensor, Tensor]
 
 
-def exact(x: Tensor) -> AbstractContextManager:
-    """The context the equations run in: autocast off, so that each dtype above is the one written here."""
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Disables autocast on the device of `x`, so that the dtypes are those that this file states."""
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -33,35 +33,40 @@ def vector_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def map_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of maps of positions: float32 for float16, else that of `x`."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def as_map(x: Tensor) -> Tensor:
-    """`x` in the dtype its maps are computed in: float32 for float16, its own otherwise."""
-    return x.float() if x.dtype == torch.float16 else x
+    """`x` in the dtype that its maps are computed in."""
+    return x.to(map_dtype(x))
 
 
 def lin(x: Tensor, linear: Linear) -> Tensor:
-    """`W x + bias`, the same matrix at every position, as the 1x1 convolution it is: `b c n -> b d n`."""
+    """`W x + bias` with the same matrix at every position, computed as a 1x1 convolution: `b c n -> b d n`."""
     weight, bias = linear
-    return F.conv1d(x, rearrange(weight.to(x.dtype), "d c -> d c 1"), bias.to(x.dtype))
+    return F.conv1d(x, weight.to(x.dtype)[..., None], bias.to(x.dtype))
 
 
 def dense(v: Tensor, linear: Linear) -> Tensor:
-    """`W v + bias` on a pooled vector, in its dtype: `... c -> ... d`."""
+    """`W v + bias` of a pooled vector, in the dtype of the vector: `... c -> ... d`."""
     weight, bias = linear
     return F.linear(v, weight.to(v.dtype), bias.to(v.dtype))
 
 
 def pool_mean(x: Tensor) -> Tensor:
-    """Mean over positions, accumulated in float32 at least: `b c n -> b c`."""
+    """The mean over positions, summed in float32 at least: `b c n -> b c`."""
     return x.mean(-1, dtype=vector_dtype(x))
 
 
 def pool_max(x: Tensor) -> Tensor:
-    """Maximum over positions; tied positions share its gradient equally: `b c n -> b c`."""
+    """The maximum over positions; tied positions share its gradient equally: `b c n -> b c`."""
     return x.amax(-1).to(vector_dtype(x))
 
 
 def pool_min(x: Tensor) -> Tensor:
-    """Minimum over positions; tied positions share its gradient equally: `b c n -> b c`."""
+    """The minimum over positions; tied positions share its gradient equally: `b c n -> b c`."""
     return x.amin(-1).to(vector_dtype(x))
 
 
@@ -73,7 +78,7 @@ def hifa(x: Tensor, conv1: Linear, conv2: Linear, conv3: Linear, conv4: Linear, 
         u  = mean(h1) + max(h2)        v  = mean(h3) + max(h4)
         G  = σ(lin(dense, [u ; v]))
 
-    Shape: x `b c n` -> G `b c`; the convolutions are `c c`, dense is `c 2c`.
+    Shape: x `b c n` -> G `b c`; the convolutions are `c c`, dense_ is `c 2c`.
     Differs: none.
     """
     x = as_map(x)
@@ -85,7 +90,7 @@ def hifa(x: Tensor, conv1: Linear, conv2: Linear, conv3: Linear, conv4: Linear, 
 
 
 def hifa_info(mean1: Tensor, max2: Tensor, mean3: Tensor, max4: Tensor, dense_: Linear) -> Tensor:
-    """G of the pooled maps of HIFA, `b c` each: `σ(lin(dense, [mean1 + max2 ; mean3 + max4]))`."""
+    """G from the pooled maps of HIFA, `b c` each: `σ(lin(dense, [mean1 + max2 ; mean3 + max4]))`."""
     return dense(torch.cat([mean1 + max2, mean3 + max4], dim=1), dense_).sigmoid()
 
 
@@ -101,16 +106,16 @@ def clia(x: Tensor, conv1: Linear, conv2: Linear) -> Tensor:
 
 
 def clia_info(p: Tensor, conv2: Linear) -> Tensor:
-    """L of the pooled map of CLIA, `b c`: `p + σ(lin(conv2, p))`."""
+    """L from the pooled map of CLIA, `b c`: `p + σ(lin(conv2, p))`."""
     return p + dense(p, conv2).sigmoid()
 
 
 def fusion_gate(
     global_info: Tensor, local_info: Tensor, global_scale: Tensor, local_scale: Tensor, expand: Linear | None = None
 ) -> Tensor:
-    """The gate both attentions end in: `a = σ(global_scale · G + local_scale · L)`.
+    """The last step of MFA and MIFA, the gate: `a = σ(global_scale · G + local_scale · L)`.
 
-    With `expand`, the sum is first mapped from the reduced width to the channels: `a = σ(lin(expand, …))`.
+    With `expand`, a linear map takes the sum from the reduced width to the channels: `a = σ(lin(expand, …))`.
 
     Shape: G and L `b d`, global_scale `1`, local_scale `d` -> a `b c` (c = d without `expand`), in (0, 1).
     Differs: `expand` is not in the paper.
@@ -121,9 +126,9 @@ def fusion_gate(
 
 
 def gain(a: Tensor, alpha: Tensor, strength: Tensor | None = None) -> Tensor:
-    """The factor a feature is multiplied by: `a · alpha`, or with an identity start `1 + strength · (a · alpha − 1)`.
+    """The factor of each feature: `a · alpha`, or with an identity start `1 + strength · (a · alpha − 1)`.
 
-    Shape: a `b c`, alpha and strength `c` -> `b c`. At strength 0 it is 1 to the last bit.
+    Shape: a `b c`, alpha and strength `c` -> `b c`. At strength 0 the factor is exactly 1.
     Differs: `strength` is not in the paper; None is the paper.
     """
     factor = a * alpha.to(a.dtype)
@@ -142,19 +147,19 @@ def mfa(
 ) -> Tensor:
     """The gate of multi-branch fusion attention (Fig. 2): `a = σ(global_scale · HIFA(x) + local_scale · CLIA(x))`.
 
-    The features are then `y = x · gain(a, alpha)`. With `squeeze` (c -> d) HIFA and CLIA read `lin(squeeze, x)`.
+    The attended features are `y = x · gain(a, alpha)`. With `squeeze` (c -> d), HIFA and CLIA read `lin(squeeze, x)`.
 
     Shape: x `b c n` -> a `b c`, in (0, 1).
     Differs: `squeeze` and `expand` are not in the paper; None is the paper.
     """
-    with exact(x):
+    with without_autocast(x):
         x = as_map(x)
         z = x if squeeze is None else lin(x, squeeze)
         return fusion_gate(hifa(z, *hifa_weights), clia(z, *clia_weights), global_scale, local_scale, expand)
 
 
 def pool_modalities(xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
-    """`Σ_i r(x_i)` for r in (min, mean, max), over the modalities each sample has: m times `b c n_i` -> `r b c`."""
+    """`Σ_i r(x_i)` for r in (min, mean, max), over the modalities that a sample has: m times `b c n_i` -> `r b c`."""
     pools = torch.stack([torch.stack([pool_min(x), pool_mean(x), pool_max(x)]) for x in xs])  # m r b c
     if present is not None:
         pools = torch.where(rearrange(present, "b m -> m 1 b 1"), pools, 0)
@@ -162,7 +167,7 @@ def pool_modalities(xs: Sequence[Tensor], present: Tensor | None = None) -> Tens
 
 
 def mask_absent(xs: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
-    """Zeros where a modality is absent, so that what it holds, NaN included, reaches no gate and no gradient."""
+    """Zeroes absent modalities, so that their values, even NaN, cannot affect gates or gradients."""
     if present is None:
         return list(xs)
     return [torch.where(rearrange(has, "b -> b 1 1"), x, 0) for x, has in zip(xs, present.unbind(1), strict=True)]
@@ -171,21 +176,21 @@ def mask_absent(xs: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
 def mgifa(xs: Sequence[Tensor], dense_: Linear, present: Tensor | None = None) -> Tensor:
     """Multimodal global information fusion attention (Fig. 3): `G = Σ_r σ(lin(dense, Σ_i r(x_i)))`, one dense for all r.
 
-    Shape: m times x_i `b c n_i` (the n_i may differ), present `b m` -> G `b c`.
+    Shape: m tensors x_i `b c n_i` (the n_i may differ), present `b m` -> G `b c`.
     Differs: `present` is not in the paper; None is the paper.
     """
     return mgifa_info(pool_modalities([as_map(x) for x in xs], present), dense_)
 
 
 def mgifa_info(pools: Tensor, dense_: Linear) -> Tensor:
-    """G of the modalities' summed poolings, `r b c`: `Σ_r σ(lin(dense, pools_r))`."""
+    """G from the poolings, summed over modalities, `r b c`: `Σ_r σ(lin(dense, pools_r))`."""
     return reduce(dense(pools, dense_).sigmoid(), "r b c -> b c", "sum")
 
 
 def mlifa(xs: Sequence[Tensor], convs: Sequence[Linear], present: Tensor | None = None) -> Tensor:
     """Multimodal local information fusion attention (Fig. 3): `L = Σ_r Σ_i r(t_i)`, `t_i = σ(lin(convs[i], x_i))`.
 
-    Shape: m times x_i `b c n_i` (the n_i may differ), present `b m` -> L `b c`.
+    Shape: m tensors x_i `b c n_i` (the n_i may differ), present `b m` -> L `b c`.
     Differs: `present` is not in the paper; None is the paper.
     """
     maps = [lin(as_map(x), conv).sigmoid() for x, conv in zip(xs, convs, strict=True)]
@@ -205,14 +210,14 @@ def mifa(
 ) -> list[Tensor]:
     """The gates of multimodal information fusion attention (Fig. 3): `a = σ(global_scale · G + local_scale · L)`.
 
-    One gate for all modalities; the features are then `y_i = x_i · gain(a, alphas[i])`. With `squeezes` (c_i -> d) all
-    modalities are read at one width d, and `expands` (d -> c_i) reads each modality's gate off the shared sum. What an
-    absent modality holds, NaN included, reaches neither a gate nor a gradient.
+    All modalities share one gate. The attended features are `y_i = x_i · gain(a, alphas[i])`. With `squeezes` (c_i -> d), all
+    modalities are read at one width d, and `expands` (d -> c_i) map the shared sum to one gate per modality. The values of an
+    absent modality, even NaN, affect neither gates nor gradients.
 
-    Shape: m times x_i `b c_i n_i`, present `b m` -> m times a_i `b c_i`, in (0, 1).
+    Shape: m tensors x_i `b c_i n_i`, present `b m` -> m gates a_i `b c_i`, in (0, 1).
     Differs: `present`, `squeezes` and `expands` are not in the paper; None is the paper.
     """
-    with exact(xs[0]):
+    with without_autocast(xs[0]):
         xs = mask_absent([as_map(x) for x in xs], present)
         zs = xs if squeezes is None else [lin(x, squeeze) for x, squeeze in zip(xs, squeezes, strict=True)]
         global_info, local_info = mgifa(zs, mgifa_dense, present), mlifa(zs, mlifa_convs, present)
@@ -227,7 +232,7 @@ def fusion_gates(
     expands: Sequence[Linear] | None,
     modalities: int,
 ) -> list[Tensor]:
-    """One gate a modality off the information they share: one for all, or each its own by `expands`."""
+    """One gate per modality from the information that they share: the same gate, or with `expands` one of its own."""
     if expands is None:
         return [fusion_gate(global_info, local_info, global_scale, local_scale)] * modalities
     return [fusion_gate(global_info, local_info, global_scale, local_scale, expand) for expand in expands]

@@ -1,16 +1,16 @@
-"""Where the channels are: feature layouts in einops notation, and their way to `b c n` and back.
+"""Which axis of a feature holds the channels, and how any layout becomes `b c n`.
 
-`"b c ..."` holds maps (`b c h w`), volumes (`b c d h w`), sequences (`b c l`) and vectors (`b c`); `"b ... c"` holds
-channels-last maps (`b h w c`) and tokens (`b n c`). The first `num_prefix_tokens` tokens (class token, registers) are not
-spatial: they are no positions.
+Layouts are written in einops notation. `"b c ..."` holds maps (`b c h w`), volumes (`b c d h w`), sequences (`b c l`) and
+vectors (`b c`). `"b ... c"` holds channels-last maps (`b h w c`) and tokens (`b n c`). All axes but batch and channels are
+positions, `n` together. The first `num_prefix_tokens` tokens (class token, registers) are not spatial, so they are not
+positions.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 Layout = Literal["b c ...", "b ... c"]
@@ -19,13 +19,13 @@ LAYOUTS = ("b c ...", "b ... c")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What attention has to know of a feature: its channels, where they are, and its size.
+    """What attention must know about a feature: its channels, which axis they are on, and its size.
 
     Attributes:
         channels: their number.
         layout: "b c ..." or "b ... c".
-        num_prefix_tokens: leading tokens (class token, registers) that are no positions.
-        shape: of the tensor for one sample, the batch axis left out.
+        num_prefix_tokens: leading tokens (class token, registers) that are not positions.
+        shape: the shape of the tensor for one sample, without the batch axis.
     """
 
     channels: int
@@ -35,9 +35,14 @@ class Place:
 
     @property
     def positions(self) -> int:
-        """How many positions it has, prefix tokens left out."""
+        """The number of positions, without prefix tokens."""
         spatial = self.shape[1:] if self.layout == "b c ..." else self.shape[:-1]
         return math.prod(spatial) - self.num_prefix_tokens
+
+
+def as_place(place: Place) -> dict[str, Any]:
+    """The fields of a place by name; those of a subclass are left out."""
+    return {field.name: getattr(place, field.name) for field in fields(Place)}
 
 
 def check_layout(owner: str, layout: str, num_prefix_tokens: int) -> None:
@@ -60,7 +65,7 @@ def check_features(owner: str, x: Tensor, channels: int, layout: Layout, num_pre
         raise TypeError(f"{owner} expected a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"{owner} expected a floating-point tensor, got {x.dtype}: convert it, e.g. x.float().")
-    if torch.jit.is_tracing():  # sizes are tensors there, and a comparison would be baked in with a warning
+    if torch.jit.is_tracing():  # sizes are tensors: a comparison would become a constant of the graph, with a warning
         return
     axis = 1 if layout == "b c ..." else -1
     if x.ndim < (3 if num_prefix_tokens else 2) or x.shape[axis] != channels:
@@ -77,25 +82,27 @@ def check_features(owner: str, x: Tensor, channels: int, layout: Layout, num_pre
 
 
 def positions(x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
-    """The positions attention reads, as a view where strides allow: any layout -> `b c n`."""
+    """The positions that attention reads, as a view if the strides allow it: any layout -> `b c n`."""
+    if x.ndim == 2:
+        return x[..., None]
     if layout == "b c ...":
-        return rearrange(x, "b c ... -> b c (...)")
-    return rearrange(x[:, num_prefix_tokens:] if num_prefix_tokens else x, "b ... c -> b c (...)")
+        return x.flatten(2)
+    return (x[:, num_prefix_tokens:] if num_prefix_tokens else x).flatten(1, -2).mT
 
 
 def spread(factor: Tensor, x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
-    """One factor a channel (`b c`) with the axes of x; with prefix tokens it is 1 at those."""
-    ones = " ".join("1" * (x.ndim - 2))
-    factor = rearrange(factor, f"b c -> b c {ones}" if layout == "b c ..." else f"b c -> b {ones} c")
+    """One factor per channel (`b c`) with as many axes as `x`; the factor of a prefix token is 1."""
+    ones = [None] * (x.ndim - 2)  # an axis of length 1 in the place of every axis of positions
+    factor = factor[(..., *ones)] if layout == "b c ..." else factor[(slice(None), *ones)]
     if num_prefix_tokens:
         is_position = torch.arange(x.shape[1], device=x.device) >= num_prefix_tokens
-        factor = torch.where(rearrange(is_position, "n -> n 1"), factor, 1)
+        factor = torch.where(is_position[:, None], factor, 1)
     return factor
 
 
 def scale(x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
-    """`x · factor` with one factor a channel (`b c`); dtype, strides and prefix tokens stay those of `x`.
+    """`x · factor` with one factor per channel (`b c`); dtype, strides and prefix tokens stay those of `x`.
 
-    The product is rounded once: a gain near 1 would vanish if it were cast to bfloat16 before.
+    The product is rounded once. A factor near 1 would become 1 if it were cast to bfloat16 before the product.
     """
     return (x * spread(factor, x, layout, num_prefix_tokens)).to(x.dtype)

@@ -4,7 +4,7 @@ A path is the keys that lead to a tensor; of a tensor that stands alone it is em
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,16 +12,18 @@ from torch import Tensor
 Path = tuple[int | str, ...]
 
 
-def tensors_in(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def tensors_in(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
     """Every tensor of nested tuples, lists and dicts, with the keys that lead to it."""
+    found: list[tuple[Path, Tensor]] = []
     if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from tensors_in(value, (*path, key))
-    elif isinstance(tree, tuple | list):
-        for key, value in enumerate(tree):
-            yield from tensors_in(value, (*path, key))
+        return [(path, tree)]
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, tuple | list) else ()
+    for key, value in pairs:
+        if isinstance(value, Tensor):
+            found.append(((*path, key), value))
+        elif isinstance(value, dict | tuple | list):
+            found += tensors_in(value, (*path, key))
+    return found
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Multi-branch fusion attention (MFA), Fig. 2 of arXiv:2412.01248: HIFA, CLIA and their fusion."""
+"""Multi-branch fusion attention (MFA), Fig. 2 of arXiv:2412.01248: HIFA, CLIA and the gate that they share."""
 
 from typing import Any
 
@@ -8,30 +8,15 @@ from torch import Tensor, nn
 from drifa_attn import functional, ops
 from drifa_attn.checks import Init, check_count, check_init
 from drifa_attn.functional import Linear
-from drifa_attn.layout import Layout, check_features, check_layout, positions
+from drifa_attn.layout import Layout, Place, check_features, check_layout, positions
 
-SMALLEST_WIDTH = 8
-
-
-def reduced_width(owner: str, channels: int, reduction: int | None) -> int:
-    """The width attention works at: `channels` without a reduction, `max(channels // reduction, 8)` with one."""
-    if reduction is None:
-        return channels
-    check_count(owner, "reduction", reduction)
-    return max(channels // reduction, SMALLEST_WIDTH)
+from .refines import ATTENTIONS, Refines, Spec
+from .start import glorot_, reduced_width
 
 
-def glorot_(module: nn.Module) -> None:
-    """The paper's initialisation of one linear map or convolution: Glorot-uniform weight, zero bias."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def pair(linear: Any) -> Linear:
-    """The (weight, bias) of a linear map, as `functional` takes it."""
-    return linear.weight, linear.bias
+def pair(linear: Any) -> Any:
+    """The weight and bias of a linear map, as `functional` takes them; None for None."""
+    return None if linear is None else (linear.weight, linear.bias)
 
 
 class HIFA(nn.Module):
@@ -46,7 +31,7 @@ class HIFA(nn.Module):
         channels: channels of the input, >= 1.
 
     Shape: x `b c ...` -> G `b c`, float32 at least, in (0, 1); at least one position.
-    Raises: ValueError, TypeError: the input has other channels, no position, or is no floating-point tensor.
+    Raises: ValueError, TypeError: the input has other channels, no position, or is not a floating-point tensor.
     Differs: none.
     """
 
@@ -72,7 +57,7 @@ class HIFA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The global information G `b c` of features x `b c ...`."""
         check_features("HIFA", x, self.channels, "b c ...")
-        with functional.exact(x):
+        with functional.without_autocast(x):
             return functional.hifa(positions(x, "b c ..."), *self.weights())
 
     def extra_repr(self) -> str:
@@ -88,7 +73,7 @@ class CLIA(nn.Module):
         channels: channels of the input, >= 1.
 
     Shape: x `b c ...` -> L `b c`, float32 at least, in (0, 2); at least one position.
-    Raises: ValueError, TypeError: the input has other channels, no position, or is no floating-point tensor.
+    Raises: ValueError, TypeError: the input has other channels, no position, or is not a floating-point tensor.
     Differs: none.
     """
 
@@ -111,34 +96,34 @@ class CLIA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The local information L `b c` of features x `b c ...`."""
         check_features("CLIA", x, self.channels, "b c ...")
-        with functional.exact(x):
+        with functional.without_autocast(x):
             return functional.clia(positions(x, "b c ..."), *self.weights())
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
 
 
-class MFA(nn.Module):
-    """Multi-branch fusion attention, Fig. 2: HIFA and CLIA fused into one gate a channel.
+class MFA(Refines, nn.Module):
+    """Multi-branch fusion attention, Fig. 2: HIFA and CLIA give one gate per channel.
 
         a = σ(global_scale · HIFA(x) + local_scale · CLIA(x))        y = x · a · alpha
 
-    `init="identity"` adds a learned `strength`, zero at the start, `y = x · (1 + strength · (a · alpha − 1))`: the output is
-    the input to the last bit until training moves it. `reduction=r` works at width `d = max(c // r, 8)`:
-    `z = lin(squeeze, x)`, HIFA and CLIA on z, `a = σ(lin(expand, …))`. It fits timm's own slot, as
-    `timm.create_model("resnet18", block_args=dict(attn_layer=drifa_attn.MFA))`.
+    `init="identity"` adds a learned `strength` that starts at zero: `y = x · (1 + strength · (a · alpha − 1))`. The output
+    equals the input bit for bit until training changes `strength`. `reduction=r` works at width `d = max(c // r, 8)`:
+    `z = lin(squeeze, x)`, HIFA and CLIA read z, and `a = σ(lin(expand, …))`. timm can build it into a network:
+    `timm.create_model("resnet18", block_args=dict(attn_layer=drifa_attn.MFA))`. While `enabled` is False, y is x.
 
     Args:
         channels: channels of the features, >= 1.
         reduction: None for the paper's width (8c² + 9c + 1 parameters), or an integer >= 1.
-        init: "paper" (Glorot-uniform weights, zero biases, scales and alpha one) or "identity" (the same, strength zero).
+        init: "paper" (Glorot-uniform weights, zero biases, scales and alpha one) or "identity" (the same, and strength zero).
         layout: "b c ..." (maps, volumes, sequences, vectors) or "b ... c" (channels-last maps, tokens).
-        num_prefix_tokens: leading tokens of a `b n c` input that take no part in the pooling and pass unchanged.
+        num_prefix_tokens: leading tokens of a `b n c` input that are left out of the pooling and pass unchanged, >= 0.
 
-    Shape: x of the layout -> y, same shape, dtype, memory format and strides; at least one position; an empty batch passes.
+    Shape: x of the layout -> y, same shape, dtype, memory format and strides; at least one position; the batch may be empty.
     Raises: ValueError, TypeError: an argument out of its range, or an input of another layout, width or kind.
-    Differs: `reduction`, `init="identity"`, `layout` and `num_prefix_tokens` are not in the paper; by default none is used. The
-        released notebooks call the layer DeeperGlobalLocalAttentionLayer1.
+    Differs: `reduction`, `init="identity"`, `layout` and `num_prefix_tokens` are not in the paper; the defaults do not use
+        them. The released notebooks call the layer DeeperGlobalLocalAttentionLayer1.
     """
 
     def __init__(
@@ -157,13 +142,8 @@ class MFA(nn.Module):
         check_init("MFA", init)
         check_layout("MFA", layout, num_prefix_tokens)
         width = reduced_width("MFA", channels, reduction)
-        self.channels, self.reduction, self.init, self.layout, self.num_prefix_tokens = (
-            channels,
-            reduction,
-            init,
-            layout,
-            num_prefix_tokens,
-        )
+        self.channels, self.reduction, self.init = channels, reduction, init
+        self.layout, self.num_prefix_tokens = layout, num_prefix_tokens
         self.squeeze: nn.Linear | None = None
         self.expand: nn.Linear | None = None
         if reduction is not None:
@@ -180,33 +160,54 @@ class MFA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to the start named by `init`."""
+        """Set all weights to the start that `init` names."""
         self.apply(glorot_)
         for one in (self.global_scale, self.local_scale, self.alpha):
             nn.init.ones_(one)
         if self.strength is not None:
             nn.init.zeros_(self.strength)
 
-    def attention(self, x: Tensor) -> Tensor:
+    def gates(self, x: Tensor) -> Tensor:
         """The gate a `b c` of features x, in (0, 1), float32 at least."""
+        return self.attend(x)[0]
+
+    def attend(self, x: Tensor) -> tuple[Tensor, bool]:
+        """The gate of features x, and whether a fused operator runs for them: the one choice of a forward."""
+        hifa, clia, squeeze, expand = self.hifa.weights(), self.clia.weights(), pair(self.squeeze), pair(self.expand)
         check_features("MFA", x, self.channels, self.layout, self.num_prefix_tokens)
-        return ops.mfa(
-            positions(x, self.layout, self.num_prefix_tokens),
-            self.hifa.weights(),
-            self.clia.weights(),
-            self.global_scale,
-            self.local_scale,
-            squeeze=None if self.squeeze is None else pair(self.squeeze),
-            expand=None if self.expand is None else pair(self.expand),
-        )
+        z = positions(x, self.layout, self.num_prefix_tokens)
+        fused = ops.is_fused(z, self.local_scale.shape[0])
+        scales = self.global_scale, self.local_scale
+        return ops.mfa(z, hifa, clia, *scales, squeeze=squeeze, expand=expand, fused=fused), fused
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features x, each channel multiplied by its gain."""
-        factor = functional.gain(self.attention(x), self.alpha, self.strength)
-        return ops.gate(x, factor, self.layout, self.num_prefix_tokens)
+        """The features x, each channel multiplied by its gain; while disabled, x itself."""
+        if not self.enabled:
+            return x
+        a, fused = self.attend(x)
+        factor = functional.gain(a, self.alpha, self.strength)
+        return ops.gate(x, factor, self.layout, self.num_prefix_tokens, fused=fused)
+
+    def spec(self) -> Spec:
+        """The reduction and the start; the place gives the rest."""
+        return Spec("mfa", {"reduction": self.reduction, "init": self.init})
+
+    @classmethod
+    def cost(cls, place: Place, *, reduction: int | None = None, init: Init = "paper") -> tuple[int, int]:
+        """The parameters, and the FLOPs for one sample: five products per position, three of pooled vectors."""
+        check_init("MFA", init)
+        c, d = place.channels, reduced_width("MFA", place.channels, reduction)
+        params = 8 * d * d + 8 * d + 1 + c + (c if init == "identity" else 0)
+        flops = 2 * (5 * place.positions * d * d + 3 * d * d)
+        if reduction is None:
+            return params, flops
+        return params + 2 * c * d + c + d, flops + 2 * (place.positions + 1) * c * d
 
     def extra_repr(self) -> str:
         layout = f', layout="{self.layout}"' + (
             f", num_prefix_tokens={self.num_prefix_tokens}" if self.num_prefix_tokens else ""
         )
         return f'{self.channels}, reduction={self.reduction}, init="{self.init}"{layout}'
+
+
+ATTENTIONS["mfa"] = MFA

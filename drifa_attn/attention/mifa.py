@@ -1,4 +1,4 @@
-"""Multimodal information fusion attention (MIFA), Fig. 3 of arXiv:2412.01248: MGIFA, MLIFA and their fusion."""
+"""Multimodal information fusion attention (MIFA), Fig. 3 of arXiv:2412.01248: MGIFA, MLIFA and the gates that they share."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,13 @@ from drifa_attn.checks import Init, check_count, check_init, check_modalities, c
 from drifa_attn.functional import Linear
 from drifa_attn.layout import Layout, check_features, check_layout, positions
 
-from .mfa import glorot_, pair, reduced_width
+from .mfa import pair
+from .refines import Refines, Spec
+from .start import glorot_, reduced_width
 
 
 def checked_positions(owner: str, xs: Sequence[Tensor], modalities: int, channels: int, present: Tensor | None) -> list[Tensor]:
-    """The `b c n` views of checked `b c ...` features, what absent modalities hold replaced by zeros."""
+    """Checks `b c ...` features and gives them as `b c n`, with zeros for absent modalities."""
     check_modalities(owner, xs, modalities)
     for x in xs:
         check_features(owner, x, channels, "b c ...")
@@ -22,8 +24,18 @@ def checked_positions(owner: str, xs: Sequence[Tensor], modalities: int, channel
     return functional.mask_absent([positions(x, "b c ...") for x in xs], present)
 
 
+def common_width(channels: Sequence[int], dim: int | None, reduction: int | None) -> int:
+    """The width at which MIFA reads all modalities."""
+    if dim is None:
+        return reduced_width("MIFA", max(channels), reduction)
+    if reduction is not None:
+        raise ValueError(f"MIFA expected dim or reduction, got both (dim={dim}, reduction={reduction}): leave one out.")
+    check_count("MIFA", "dim", dim)
+    return dim
+
+
 class MGIFA(nn.Module):
-    """Multimodal global information fusion attention, Fig. 3: one dense layer shared by the three poolings.
+    """Multimodal global information fusion attention, Fig. 3: the three poolings share one dense layer.
 
         G = Σ_{r ∈ (min, mean, max)} σ(lin(dense, Σ_i r(x_i)))
 
@@ -31,7 +43,7 @@ class MGIFA(nn.Module):
         channels: channels of every modality, >= 1.
 
     Shape: a list of x_i `b c ...` (positions may differ), present `b m` -> G `b c`, float32 at least, in (0, 3).
-    Raises: ValueError, TypeError: a feature of other channels or batch size, or a `present` that is no boolean `b m`.
+    Raises: ValueError, TypeError: a feature of other channels or batch size, or a `present` that is not a boolean `b m`.
     Differs: `present` is not in the paper; None is the paper.
     """
 
@@ -49,7 +61,7 @@ class MGIFA(nn.Module):
     def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
         """The global information G `b c` that the modalities share."""
         xs = checked_positions("MGIFA", xs, len(xs), self.channels, present)
-        with functional.exact(xs[0]):
+        with functional.without_autocast(xs[0]):
             return functional.mgifa(xs, pair(self.dense), present)
 
     def extra_repr(self) -> str:
@@ -66,7 +78,7 @@ class MLIFA(nn.Module):
         modalities: their number m, >= 1.
 
     Shape: a list of m x_i `b c ...` (positions may differ), present `b m` -> L `b c`, float32 at least, in (0, 3m).
-    Raises: ValueError, TypeError: a feature of other channels or batch size, or a `present` that is no boolean `b m`.
+    Raises: ValueError, TypeError: a feature of other channels or batch size, or a `present` that is not a boolean `b m`.
     Differs: m other than 2 and `present` are not in the paper.
     """
 
@@ -90,44 +102,46 @@ class MLIFA(nn.Module):
         self.apply(glorot_)
 
     def weights(self) -> list[Linear]:
-        """The convolutions' weights, one pair per modality."""
+        """The weights of the convolutions, one pair per modality."""
         return [pair(conv) for conv in self.convs]
 
     def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
         """The local information L `b c` that the modalities share."""
         xs = checked_positions("MLIFA", xs, self.modalities, self.channels, present)
-        with functional.exact(xs[0]):
+        with functional.without_autocast(xs[0]):
             return functional.mlifa(xs, self.weights(), present)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, modalities={self.modalities}"
 
 
-class MIFA(nn.Module):
+class MIFA(Refines, nn.Module):
     """Multimodal information fusion attention, Fig. 3: one gate shared by all modalities.
 
         a   = σ(global_scale · MGIFA(x_1..x_m) + local_scale · MLIFA(x_1..x_m))
         y_i = x_i · a · alphas[i]
 
     The modalities may differ in positions, layout and channels. Unequal channels, or a `dim` or `reduction`, add linear maps
-    to and from one width d: `z_i = lin(squeezes[i], x_i)`, the gate is read off the shared sum by `lin(expands[i], …)`.
-    `init="identity"` adds learned `strengths`, zero at the start: `y_i = x_i · (1 + strengths[i] · (a · alphas[i] − 1))`.
+    to one width d and back: `z_i = lin(squeezes[i], x_i)`, and `lin(expands[i], …)` gives each modality its own gate. With
+    `init="identity"`, learned `strengths` start at zero: `y_i = x_i · (1 + strengths[i] · (a · alphas[i] − 1))`. While
+    `enabled` is False, every y_i is x_i.
 
     Args:
         channels: channels of every modality, >= 1: one number, or one per modality.
         modalities: their number m, >= 1; None is the length of `channels`, or the paper's 2.
         dim: the common width d, >= 1; None with unequal channels and no reduction is the largest of the channels.
         reduction: None, or an integer >= 1 for `d = max(max(channels) // reduction, 8)`; not together with `dim`.
-        init: "paper" (Glorot-uniform weights, zero biases, scales and alphas one) or "identity" (the same, strengths zero).
+        init: "paper" (Glorot-uniform weights, zero biases, scales and alphas one) or "identity" (the same, and strengths zero).
         layout: "b c ..." or "b ... c", one for all or one per modality.
-        num_prefix_tokens: leading tokens that take no part in the pooling and pass unchanged, one for all or one per modality.
+        num_prefix_tokens: leading tokens that are left out of the pooling and pass unchanged, one for all or one per modality.
 
     Shape: a list of m features of these layouts, present `b m` (True: this sample has this modality) -> a list of the same
         shapes, dtypes and strides. An absent modality adds to no sum and passes unchanged; so does a sample with none.
     Raises: ValueError, TypeError: an argument out of its range, a feature of another layout, width or batch size, or a
-        `present` that is no boolean `b m`.
-    Differs: m other than 2, unequal channels, `dim`, `reduction`, `init="identity"`, `layout`, `num_prefix_tokens` and `present`
-        are not in the paper; by default none is used. The released notebooks call the layer DeeperGlobalLocalAttentionLayer.
+        `present` that is not a boolean `b m`.
+    Differs: m other than 2, unequal channels, `dim`, `reduction`, `init="identity"`, `layout`, `num_prefix_tokens` and
+        `present` are not in the paper; the defaults do not use them. The released notebooks call the layer
+        DeeperGlobalLocalAttentionLayer.
     """
 
     def __init__(
@@ -151,16 +165,11 @@ class MIFA(nn.Module):
         self.channels = per_modality("MIFA", "channels", channels, modalities)
         self.layouts = per_modality("MIFA", "layout", layout, modalities)
         self.num_prefix_tokens = per_modality("MIFA", "num_prefix_tokens", num_prefix_tokens, modalities)
-        for c in self.channels:
+        for c, *place in zip(self.channels, self.layouts, self.num_prefix_tokens, strict=True):
             check_count("MIFA", "channels", c)
-        for one_layout, one_prefix in zip(self.layouts, self.num_prefix_tokens, strict=True):
-            check_layout("MIFA", one_layout, one_prefix)
-        if dim is not None and reduction is not None:
-            raise ValueError(f"MIFA expected dim or reduction, got both (dim={dim}, reduction={reduction}): leave one out.")
-        if dim is not None:
-            check_count("MIFA", "dim", dim)
+            check_layout("MIFA", *place)
         self.modalities, self.reduction, self.init = modalities, reduction, init
-        self.dim = dim or reduced_width("MIFA", max(self.channels), reduction)
+        self.dim = common_width(self.channels, dim, reduction)
         self.squeezes: nn.ModuleList | None = None
         self.expands: nn.ModuleList | None = None
         if dim is not None or reduction is not None or len(set(self.channels)) > 1:
@@ -177,42 +186,57 @@ class MIFA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to the start named by `init`."""
+        """Set all weights to the start that `init` names."""
         self.apply(glorot_)
         for one in (self.global_scale, self.local_scale, *self.alphas):
             nn.init.ones_(one)
         for zero in self.strengths or ():
             nn.init.zeros_(zero)
 
-    def attention(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+    def gates(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
         """The gates a_i `b c_i` of features xs, in (0, 1), float32 at least; at equal channels they are one gate."""
+        return self.attend(xs, present)[0]
+
+    def attend(self, xs: Sequence[Tensor], present: Tensor | None) -> tuple[list[Tensor], bool]:
+        """The gates of features xs, and whether a fused operator runs for them: the one choice of a forward."""
         check_modalities("MIFA", xs, self.modalities)
-        for x, c, layout, num_prefix_tokens in zip(xs, self.channels, self.layouts, self.num_prefix_tokens, strict=True):
-            check_features("MIFA", x, c, layout, num_prefix_tokens)
         check_present("MIFA", present, xs)
-        flat = [positions(x, *where) for x, *where in zip(xs, self.layouts, self.num_prefix_tokens, strict=True)]
-        return ops.mifa(
-            flat,
+        places = list(zip(self.layouts, self.num_prefix_tokens, strict=True))
+        for x, channels, place in zip(xs, self.channels, places, strict=True):
+            check_features("MIFA", x, channels, *place)
+        zs = [positions(x, *place) for x, place in zip(xs, places, strict=True)]
+        fused = ops.is_fused(zs, self.dim)
+        gates = ops.mifa(
+            zs,
             pair(self.mgifa.dense),
             self.mlifa.weights(),
             self.global_scale,
             self.local_scale,
             present=present,
-            squeezes=None if self.squeezes is None else [pair(s) for s in self.squeezes],
-            expands=None if self.expands is None else [pair(e) for e in self.expands],
+            squeezes=None if self.squeezes is None else [pair(squeeze) for squeeze in self.squeezes],
+            expands=None if self.expands is None else [pair(expand) for expand in self.expands],
+            fused=fused,
         )
+        return gates, fused
 
     def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
-        """The features xs, each channel of each present modality multiplied by its gain."""
-        gates = self.attention(xs, present)
+        """The features xs, each channel of each present modality multiplied by its gain; while disabled, xs themselves."""
+        if not self.enabled:
+            return list(xs)
+        gates, fused = self.attend(xs, present)
         strengths = self.strengths or [None] * self.modalities
         ys = []
         for i, (x, a) in enumerate(zip(xs, gates, strict=True)):
             factor = functional.gain(a, self.alphas[i], strengths[i])
             if present is not None:
                 factor = torch.where(present[:, i, None], factor, 1)
-            ys.append(ops.gate(x, factor, self.layouts[i], self.num_prefix_tokens[i]))
+            ys.append(ops.gate(x, factor, self.layouts[i], self.num_prefix_tokens[i], fused=fused))
         return ys
+
+    def spec(self) -> Spec:
+        """The width and the start; the places give the rest."""
+        dim = self.dim if self.reduction is None and self.squeezes is not None else None
+        return Spec("mifa", {"dim": dim, "reduction": self.reduction, "init": self.init})
 
     def extra_repr(self) -> str:
         same = len(set(self.channels)) == 1

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from drifa_attn.checks import Init, check_count
 from drifa_attn.layout import check_features
 
-from .mfa import MFA, glorot_
+from .mfa import MFA
+from .start import glorot_
 
 Padding = Literal["symmetric", "same"]
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Pad so that a convolution gives `ceil(size / stride)`, the odd row and column at the end (TensorFlow's "same")."""
+    """Pads so that a convolution gives `ceil(size / stride)`, the odd row and column at the end, as "same" in TensorFlow."""
     total = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
     (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
     return F.pad(x, (left, right, top, bottom))
@@ -27,20 +28,20 @@ class RRA(nn.Module):
 
         z = relu(bn1(mfa1(conv1(x))))        z = bn2(mfa2(conv2(z)))        y = relu(z + shortcut(x))
 
-    conv1 is 3x3 with the stride, conv2 3x3 with stride 1; the shortcut is the identity where shapes allow, else
-    `proj.bn(proj.conv(x))` with a 1x1 convolution of the stride. Convolutions have biases.
+    conv1 is 3x3 with the stride, conv2 is 3x3 with stride 1. The shortcut is the identity if the shapes allow it, else
+    `proj.bn(proj.conv(x))` with a 1x1 convolution of the stride. The convolutions have biases.
 
     Args:
         in_channels, out_channels: >= 1.
         stride: of conv1 and of the projection, >= 1.
-        padding: "symmetric" (k // 2 on all sides, PyTorch's) or "same" (the odd row and column at the end, TensorFlow's);
-            they agree where stride is 1 or the size is odd.
-        eps, momentum: of the batch norms; the defaults are the released ones (0.99 in Keras terms is 0.01 in PyTorch's).
+        padding: "symmetric" (k // 2 on all sides, as in PyTorch) or "same" (the odd row and column at the end, as in
+            TensorFlow); they agree if the stride is 1 or the size is odd.
+        eps, momentum: of the batch norms, eps > 0; the defaults are the released ones (0.99 in Keras is 0.01 in PyTorch).
         reduction, init: of the two MFAs.
 
     Shape: x `b in_channels h w` -> `b out_channels ceil(h / stride) ceil(w / stride)`.
     Raises: ValueError: an argument out of its range, or an input that is not `b in_channels h w`.
-    Differs: the running variance is PyTorch's unbiased one (the released layers store the biased). The released notebooks
+    Differs: the running variance is unbiased, as in PyTorch (the released layers store the biased one). The released notebooks
         call the block RGSA.
     """
 
@@ -73,8 +74,7 @@ class RRA(nn.Module):
         def attention() -> MFA:
             return MFA(out_channels, reduction=reduction, init=init, device=device, dtype=dtype)
 
-        pad = 1 if padding == "symmetric" else 0
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, pad, device=device, dtype=dtype)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, int(padding == "symmetric"), device=device, dtype=dtype)
         self.mfa1 = attention()
         self.bn1 = norm()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, device=device, dtype=dtype)

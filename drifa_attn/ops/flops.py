@@ -1,83 +1,61 @@
-"""The FLOPs of the fused ops, as `torch.utils.flop_counter` counts: two for each product and sum of a matrix product.
+"""The FLOP formulas of the fused operators, for `torch.utils.flop_counter`: two FLOPs per multiply-add of a matrix product.
 
-Formulas belong to that module's registry, but importing it loads triton, which importing this package must not do. They are
-registered when somebody imports it, which a counter of FLOPs does before it counts.
+Importing that module loads triton, so this file does not import it. `register` is called when a fused operator meets a running
+counter. A counter copies the formulas when it is made, so `register` also adds them to every counter that is running.
 """
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import torch
-
-COUNTER = "torch.utils.flop_counter"
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Shape = Sequence[int]
 
 
 def products(x: Shape, d: int, maps: int, squeeze: Shape | None, squeezes: int) -> int:
-    """The FLOPs of `maps` products of width d and, with a squeeze, `squeezes` of it, at every position of x `b c n`."""
+    """The FLOPs of `maps` products of width d, and of `squeezes` products with a squeeze, at every position of x `b c n`."""
     b, c, n = x
     return 2 * b * n * (maps * d * d + (squeezes * d * c if squeeze else 0))
 
 
 def mfa_stats(x: Shape, weights: Sequence[Shape], biases: Any, squeeze: Shape | None, *rest: Any, **out: Any) -> int:
-    """Five products forward."""
+    """Five products."""
     return products(x, weights[0][0], 5, squeeze, 1)
 
 
 def mfa_stats_backward(
     grads: Shape, x: Shape, weights: Sequence[Shape], biases: Any, squeeze: Shape | None, *rest: Any, **out: Any
 ) -> int:
-    """Four products recomputed, two for each of the gradients of four; the fifth meets only the maxima."""
+    """Four recomputed products and two for the gradients of each of four; the fifth product is needed at the maxima only."""
     d = weights[0][0]
     return products(x, d, 4 + 2 * 4, squeeze, 1 + 2) + 2 * 2 * x[0] * d * d
 
 
 def mifa_stats(x: Shape, weight: Shape, bias: Any, squeeze: Shape | None, *rest: Any, **out: Any) -> int:
-    """One product forward."""
+    """One product."""
     return products(x, weight[0], 1, squeeze, 1)
 
 
 def mifa_stats_backward(grads: Shape, x: Shape, weight: Shape, bias: Any, squeeze: Shape | None, *rest: Any, **out: Any) -> int:
-    """One product recomputed, and two for its gradients."""
+    """One recomputed product, and two for its gradients."""
     return products(x, weight[0], 1 + 2, squeeze, 1 + 2)
 
 
-def register(counter: ModuleType) -> None:
-    """Add the formulas to the counter's registry."""
-    for formula in (mfa_stats, mfa_stats_backward, mifa_stats, mifa_stats_backward):
-        counter.register_flop_formula(getattr(torch.ops.drifa_attn, formula.__name__))(formula)
+FORMULAS = (mfa_stats, mfa_stats_backward, mifa_stats, mifa_stats_backward)
 
 
-class OnImport(MetaPathFinder):
-    """Registers the formulas once the counter is imported, and looks for no other module."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            register(module)
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-def register_when_imported() -> None:
-    """Register the formulas now, if the counter is imported already, or when it will be."""
-    if COUNTER in sys.modules:
-        register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, OnImport())
+def register() -> None:
+    """Give the formulas to `torch.utils.flop_counter`, if somebody has imported it, and to every counter that is running."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    formulas = {getattr(torch.ops.drifa_attn, formula.__name__): formula for formula in FORMULAS}
+    for operator, formula in formulas.items():
+        if operator not in counter.flop_registry:
+            counter.register_flop_formula(operator)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        running = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if running is not None:
+            running.update({operator: counter.flop_registry[operator] for operator in formulas})

@@ -1,11 +1,14 @@
-"""The fused ops in plain PyTorch, for any device: exact, in chunks, and nothing of a map's size kept for backward.
+"""The fused operators in plain PyTorch, for any device: chunk by chunk, so that no map of the whole batch exists.
 
-Axes: `b` batch, `c` channels of x, `d` width attention works at (c without a squeeze), `n` positions. A chunk is `s` samples,
-or `p` positions of one large sample; its maps hold a row a position, `(s p) d`, and backward computes them anew. Two savings
-pay for that: a maximum over positions commutes with σ, so h4 is never formed, and its gradient meets one position a channel,
-so conv4's two backward products are sums of b·d rows, not matrix products.
+Nothing of the size of a map is kept for backward, which computes the maps a second time. Two savings pay for that. A maximum
+over positions commutes with σ, so h4 is never formed. The gradient of a maximum is nonzero at one position per channel, so
+the two backward products of conv4 are sums of b·d rows, not matrix products.
 
-Weights are computed in the dtype `functional` computes them in, sums over chunks in float32 at least. Every sum has one order.
+Axes: `b` batch, `c` channels of x, `d` the width that attention works at (c without a squeeze), `n` positions. A chunk is `s`
+samples, or `p` positions of one large sample. Its maps have one row per position, `(s p) d`.
+
+Weights are computed in the dtype that `functional` computes them in, sums over chunks in float32 at least. The order of every
+sum is fixed.
 """
 
 import math
@@ -16,15 +19,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from drifa_attn.functional import Linear, as_map, lin, vector_dtype
+from drifa_attn.functional import Linear, map_dtype, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
 Weights = Sequence[Tensor]
-Some = Tensor | None
 
-CHUNK = 2**20  # elements of a chunk's map: more leave the cache
-POSITIONS = 6  # of a chunk, for each row of a weight, if there are as many: fewer, and a product mostly reads its weight
+CHUNK = 2**20  # elements of the map of a chunk: larger maps do not fit the cache
+POSITIONS = 6  # per row of a weight, at least, if there are as many: smaller chunks are bound by loading the weights
 
 
 class Chunk:
@@ -34,9 +36,10 @@ class Chunk:
         self.samples, self.positions = samples, positions
         self.s, self.p = min(samples.stop, batch) - samples.start, positions.stop - positions.start
 
-    def read(self, x: Tensor, present: Some = None) -> Tensor:
-        """The chunk of x, `s c p`, in the dtype maps are computed in; zeros where a sample is absent."""
-        part = as_map(x[self.samples, :, self.positions])
+    def read(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """The chunk of x, `s c p`, float32 for float16; zeros for an absent sample."""
+        part = x[self.samples, :, self.positions]
+        part = part.float() if part.dtype == torch.float16 else part  # as in functional.as_map
         return part if present is None else torch.where(rearrange(present[self.samples], "s -> s 1 1"), part, 0)
 
     def split(self, rows: Tensor) -> Tensor:
@@ -44,12 +47,12 @@ class Chunk:
         return rows.view(self.s, self.p, -1)
 
     def spread(self, vector: Tensor) -> Tensor:
-        """A pooled vector of the batch for these samples, to be added to what `split` gives: `b d -> s 1 d`."""
+        """The rows of a pooled vector for the samples of the chunk, broadcast over positions: `b d -> s 1 d`."""
         return rearrange(vector[self.samples], "s d -> s 1 d")
 
 
 def chunks(b: int, n: int, d: int) -> Iterator[Chunk]:
-    """The batch in pieces: two at least, for memory's sake, unless it has few positions for its width."""
+    """The chunks of a batch: two at least, to save memory, unless it has few positions for its width."""
     count = min(max(math.ceil(b * n * d / CHUNK), 2), max(b * n // (POSITIONS * d), 1))
     samples = max(b // count, 1)
     step = math.ceil(n / math.ceil(n * d / (2 * CHUNK)))
@@ -64,33 +67,31 @@ def sigmoid_backward_(grad: Tensor, h: Tensor) -> Tensor:
 
 
 def slope(h: Tensor) -> Tensor:
-    """The derivative of σ where it is h."""
+    """The derivative of σ where its value is h."""
     return h * (1 - h)
 
 
 class Mean:
-    """The mean of a map over all n positions so far: `b d`."""
+    """The mean of a map over all n positions, summed chunk by chunk into `like`: `b d`."""
 
-    def __init__(self, b: int, d: int, x: Tensor) -> None:
-        self.value = torch.zeros((b, d), dtype=vector_dtype(x), device=x.device)
-        self.n = x.shape[2]
+    def __init__(self, like: Tensor, n: int) -> None:
+        self.value, self.n = torch.zeros_like(like), n
 
     def update(self, h: Tensor, chunk: Chunk) -> None:
-        """Take one chunk in."""
+        """Add one chunk."""
         self.value[chunk.samples] += chunk.split(h).sum(1, dtype=self.value.dtype) / self.n
 
 
 class Extremum:
-    """The largest (or least) of a map so far and, if `places`, its first position: `b d` each."""
+    """The largest (or least) value of a map so far and, if `places`, its first position: `b d` each."""
 
-    def __init__(self, b: int, d: int, x: Tensor, *, places: bool, least: bool = False) -> None:
+    def __init__(self, like: Tensor, *, places: bool, least: bool = False) -> None:
         self.least, self.places = least, places
-        start = math.inf if least else -math.inf
-        self.value = torch.full((b, d), start, dtype=vector_dtype(x), device=x.device)
-        self.where = torch.zeros((b, d), dtype=torch.int32, device=x.device)
+        self.value = torch.full_like(like, math.inf if least else -math.inf)
+        self.where = torch.zeros_like(like, dtype=torch.int32)
 
     def update(self, z: Tensor, chunk: Chunk) -> None:
-        """Take one chunk in; a NaN is both largest and least, as in `amax` and `amin`."""
+        """Add one chunk; a NaN is both largest and least, as in `amax` and `amin`."""
         rows = chunk.split(z)
         best, place = self.value[chunk.samples], self.where[chunk.samples]
         if self.places:
@@ -102,9 +103,9 @@ class Extremum:
         best.copy_((torch.minimum if self.least else torch.maximum)(best, value))
 
     def found(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The extremum over the middle axis and its first place, `s p d -> s d` each.
+        """The extremum over the middle axis and its first position, `s p d -> s d` each.
 
-        Blocks of √p positions first, then within the best one: `max` with its place takes ten times as long as `amax`.
+        It finds the best block of √p positions, then looks within it: `max` with indices takes ten times as long as `amax`.
         """
         values, search = (torch.amin, torch.min) if self.least else (torch.amax, torch.max)
         p = rows.shape[1]
@@ -120,46 +121,34 @@ class Extremum:
 
 
 class Product:
-    """One product `W t + bias` at every position, and its gradients, those of its weights summed over chunks.
+    """One product `W t + bias` at every position, and its gradients; those of its weights are summed over chunks.
 
-    In float32 on a CPU it is the 1x1 convolution of a channels-last image of one column: PyTorch hands those to oneDNN, and
-    matrix products to MKL, which took twice as long on the AMD machine it was measured on.
+    In float32 on a CPU it is the 1x1 convolution of a channels-last image of one column. PyTorch computes convolutions with
+    oneDNN and matrix products with MKL, which took twice as long on the AMD machine that it was measured on.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, x: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.bias = weight, bias
-        dtype = as_map(x[:0]).dtype
         self.matrix, self.offset = weight.to(dtype), bias.to(dtype)
-        self.is_convolution = x.device.type == "cpu" and dtype == torch.float32
+        self.is_convolution = weight.device.type == "cpu" and dtype == torch.float32
         self.grads: list[Tensor] = []
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """`lin`, a row a position: `r c -> r d`."""
+        """The product for rows of positions: `r c -> r d`."""
         if self.is_convolution:
             return unimage(F.conv2d(image(rows), self.matrix[..., None, None], self.offset))
         return F.linear(rows, self.matrix, self.offset)
 
-    def back(self, q: Tensor, source: Tensor, onto: Some = None) -> Tensor:
-        """The gradient of the input `source` for the output's gradient q, added in place to `onto`; the weights' is kept."""
+    def back(self, q: Tensor, source: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The gradient of the input `source` for the gradient q of the output, added to `onto`; the weights' is kept."""
         if not self.is_convolution:
             self.add(q.t() @ source, q.sum(0, dtype=vector_dtype(q)))
             return q @ self.matrix if onto is None else onto.addmm_(q, self.matrix)
         as_product = 4 * len(q) < len(self.bias)  # few positions: a convolution's weight gradient takes three times as long
-        dx, weight, bias = torch.ops.aten.convolution_backward(
-            *(
-                image(q),
-                image(source),
-                self.matrix[..., None, None],
-                [len(self.bias)],
-                [1, 1],
-                [0, 0],
-                [1, 1],
-                False,
-                [0, 0],
-                1,
-            ),
-            [True, not as_product, not as_product],
-        )
+        operands = image(q), image(source), self.matrix[..., None, None], [len(self.bias)]
+        options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+        wanted = [True, not as_product, not as_product]
+        dx, weight, bias = torch.ops.aten.convolution_backward(*operands, *options, wanted)
         if as_product:
             self.add(q.t() @ source, q.sum(0))
         else:
@@ -194,23 +183,32 @@ def unimage(column: Tensor) -> Tensor:
 class Source:
     """What attention reads, `z = x` or `lin(squeeze, x)`, chunk by chunk, and the gradient of x.
 
-    A squeeze takes channels-first features as they lie: to turn them costs more than the narrow rest.
+    A squeeze reads channels-first features in their own memory order: to transpose them costs more than all the narrow maps.
     """
 
-    def __init__(self, x: Tensor, weight: Some, bias: Some, present: Some = None) -> None:
-        self.x, self.present = x, present
-        self.squeeze = None if weight is None or bias is None else Product(weight, bias, x)
+    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, present: Tensor | None = None) -> None:
+        self.x, self.present, self.dtype, self.vectors = x, present, map_dtype(x), vector_dtype(x)
+        self.squeeze = None if weight is None or bias is None else self.product(weight, bias)
+
+    def product(self, weight: Tensor, bias: Tensor) -> Product:
+        """A product in the dtype of the maps."""
+        return Product(weight, bias, self.dtype)
+
+    def vector(self, d: int) -> Tensor:
+        """An empty pooled vector, `b d`."""
+        return self.x.new_empty((self.x.shape[0], d), dtype=self.vectors)
 
     def read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The rows of z, `(s p) d`, and what backward needs of x."""
+        """The rows of z, `(s p) d`, and the part of x that backward needs."""
         part = chunk.read(self.x, self.present)
         if self.squeeze is not None and self.x.stride(1) != 1:
-            return rearrange(lin(part, (self.squeeze.matrix, self.squeeze.offset)), "s d p -> (s p) d"), part
+            z = F.conv1d(part, self.squeeze.matrix[..., None], self.squeeze.offset)
+            return rearrange(z, "s d p -> (s p) d"), part
         rows = rearrange(part, "s c p -> (s p) c")
         return (rows if self.squeeze is None else self.squeeze(rows)), rows
 
     def back(self, dz: Tensor, part: Tensor, chunk: Chunk, dx: Tensor) -> None:
-        """Put the chunk's gradient of x in its place; the squeeze's is kept."""
+        """Write the gradient of this chunk of x to `dx`; the gradients of the squeeze are kept."""
         place = chunk.samples, slice(None), chunk.positions
         if self.squeeze is not None and part.ndim == 3:
             q = rearrange(dz, "(s p) d -> s d p", p=chunk.p)
@@ -220,13 +218,13 @@ class Source:
             dz = dz if self.squeeze is None else self.squeeze.back(dz, part)
             dx[place] = rearrange(dz, "(s p) c -> s c p", p=chunk.p)
 
-    def gradients(self) -> tuple[Some, Some]:
-        """Those of the squeeze's weight and bias."""
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the weight and bias of the squeeze."""
         return (None, None) if self.squeeze is None else self.squeeze.result()
 
 
 class Sparse:
-    """A gradient that meets one position a channel, `factor` at `where` (`b d`), as the part of it that lies in one chunk."""
+    """A gradient that is nonzero at one position per channel, `factor` at `where` (`b d` each): its part in one chunk."""
 
     def __init__(self, where: Tensor, factor: Tensor, chunk: Chunk) -> None:
         self.chunk = chunk
@@ -242,7 +240,7 @@ class Sparse:
         return q
 
     def back(self, product: Product, source: Tensor) -> Tensor:
-        """What `product.back` gives for this gradient: at each position the rows of W whose channel has its gradient there."""
+        """`product.back` for this gradient: every position sums the rows of W of the channels whose gradient is there."""
         rows = self.rows.t().contiguous()  # d s
         weight = F.embedding_bag(rows, source, mode="sum", per_sample_weights=self.factor.t().to(source.dtype).contiguous())
         product.add(weight, self.factor.sum(0))
@@ -253,26 +251,32 @@ class Sparse:
 
 
 def mfa_forward(
-    x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Some, squeeze_bias: Some, *, places: bool = True
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    places: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What leaves MFA's maps: mean h1, max h2, mean h3, max h4, mean of CLIA's map, and where the two maxima are.
+    """The pooled maps of MFA: mean h1, max h2, mean h3, max h4, mean of CLIA's map, and the positions of the two maxima.
 
-    Without `places` the second is zeros: only backward needs it.
+    Without `places` the positions are zeros: only backward needs them.
 
     Shape: x `b c n`, weights five times `d d` (conv1, conv2, conv3, conv4, clia.conv1), biases five times `d`,
         squeeze_weight `d c` -> `5 b d`, `2 b d` (int32).
     """
     b, d = x.shape[0], weights[0].shape[0]
-    conv1, conv2, conv3, conv4, clia1 = (Product(*pair, x) for pair in zip(weights, biases, strict=True))
     source = Source(x, squeeze_weight, squeeze_bias)
-    mean1, mean3, mean_t = (Mean(b, d, x) for _ in range(3))
-    max2, max4 = (Extremum(b, d, x, places=places) for _ in range(2))
+    conv1, conv2, conv3, conv4, clia1 = (source.product(*pair) for pair in zip(weights, biases, strict=True))
+    vector = source.vector(d)
+    mean1, mean3, mean_t = (Mean(vector, x.shape[2]) for _ in range(3))
+    max2, max4 = (Extremum(vector, places=places) for _ in range(2))
     for chunk in chunks(b, x.shape[2], d):
         z = source.read(chunk)[0]
         mean_t.update(clia1(z).sigmoid_(), chunk)
         h = conv1(z).sigmoid_()
         mean1.update(h, chunk)
-        del z  # two maps of a chunk at a time, and no more
+        del z  # at most two maps of a chunk exist at a time
         z = conv2(h)
         max2.update(z, chunk)
         h += z.sigmoid_()
@@ -291,16 +295,16 @@ def mfa_backward(
     x: Tensor,
     weights: Weights,
     biases: Weights,
-    squeeze_weight: Some,
-    squeeze_bias: Some,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
     stats: Tensor,
     where: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Some, Some]:
-    """The gradients of x, weights, biases and squeeze for `grads` (`5 b d`) of the statistics; the maps are computed anew."""
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """The gradients of x, weights, biases and squeeze for `grads` (`5 b d`) of the statistics; it recomputes the maps."""
     b, n, d = x.shape[0], x.shape[2], weights[0].shape[0]
-    products = [Product(*pair, x) for pair in zip(weights, biases, strict=True)]
-    conv1, conv2, conv3, conv4, clia1 = products
     source = Source(x, squeeze_weight, squeeze_bias)
+    products = [source.product(*pair) for pair in zip(weights, biases, strict=True)]
+    conv1, conv2, conv3, conv4, clia1 = products
     g1, g2, g3, g4, gl = grads
     g1, g3, gl = ((g / n).to(conv1.matrix.dtype) for g in (g1, g3, gl))
     g2, g4 = g2 * slope(stats[1]), g4 * slope(stats[3])
@@ -326,16 +330,23 @@ def mfa_backward(
 
 
 def mifa_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, squeeze_weight: Some, squeeze_bias: Some, present: Some, *, places: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    present: Tensor | None,
+    places: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What leaves one modality of MIFA: min, mean, max of z and of t = σ(lin(weight, z)), and where the four extrema are.
+    """The poolings of one modality of MIFA: min, mean, max of z, then of t = σ(lin(weight, z)), and where the extrema are.
 
     Shape: x `b c n`, weight `d d`, bias `d`, squeeze_weight `d c`, present `b` -> `6 b d`, `4 b d` (int32).
     """
     b, d = x.shape[0], weight.shape[0]
-    conv, source = Product(weight, bias, x), Source(x, squeeze_weight, squeeze_bias, present)
-    mean_z, mean_t = (Mean(b, d, x) for _ in range(2))
-    low_z, high_z, low_t, high_t = (Extremum(b, d, x, places=places, least=least) for least in (True, False, True, False))
+    source = Source(x, squeeze_weight, squeeze_bias, present)
+    conv, vector = source.product(weight, bias), source.vector(d)
+    mean_z, mean_t = (Mean(vector, x.shape[2]) for _ in range(2))
+    low_z, high_z, low_t, high_t = (Extremum(vector, places=places, least=least) for least in (True, False, True, False))
     for chunk in chunks(b, x.shape[2], d):
         z = source.read(chunk)[0]
         t = conv(z)
@@ -352,15 +363,16 @@ def mifa_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    squeeze_weight: Some,
-    squeeze_bias: Some,
-    present: Some,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    present: Tensor | None,
     stats: Tensor,
     where: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Some, Some]:
-    """The gradients of x, weight, bias and squeeze for `grads` (`6 b d`) of the statistics; t is computed anew."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and squeeze for `grads` (`6 b d`) of the statistics; it recomputes t."""
     b, n, d = x.shape[0], x.shape[2], weight.shape[0]
-    conv, source = Product(weight, bias, x), Source(x, squeeze_weight, squeeze_bias, present)
+    source = Source(x, squeeze_weight, squeeze_bias, present)
+    conv = source.product(weight, bias)
     low_z, mean_z, high_z, low_t, mean_t, high_t = grads
     mean_z, mean_t = ((g / n).to(conv.matrix.dtype) for g in (mean_z, mean_t))
     points = list(zip(where, (low_z, high_z, low_t * slope(stats[3]), high_t * slope(stats[5])), strict=True))
@@ -379,21 +391,25 @@ def mifa_backward(
     return dx, *conv.result(), *source.gradients()
 
 
-def gate_forward(x: Tensor, factor: Tensor, layout: Layout, prefix: int, out: Some = None) -> Tensor:
-    """`x · factor` in the dtype and memory order of x (or `out`), rounded once; prefix tokens as they are."""
-    y = torch.empty_like(x) if out is None else out
-    factor = spread(factor, x, layout, prefix)
-    step = max(x.shape[0], 1) if x.dtype == factor.dtype else 1  # else the product is first a map of another dtype
+def gate_forward(x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int) -> Tensor:
+    """`x · factor` in the dtype and memory order of x, rounded once; prefix tokens are copied."""
+    return multiplied(x, factor, layout, num_prefix_tokens, torch.empty_like(x))
+
+
+def multiplied(x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int, out: Tensor) -> Tensor:
+    """`gate_forward` into `out`."""
+    factor = spread(factor, x, layout, num_prefix_tokens)
+    step = max(x.shape[0], 1) if x.dtype == factor.dtype else 1  # with two dtypes, the product is first a map of another dtype
     for i in range(0, x.shape[0], step):
-        torch.mul(x[i : i + step], factor[i : i + step], out=y[i : i + step])
-    return y
+        torch.mul(x[i : i + step], factor[i : i + step], out=out[i : i + step])
+    return out
 
 
-def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, prefix: int) -> tuple[Tensor, Tensor]:
-    """The gradients of x and factor: `dy · factor` and `Σ_positions dy · x`, the latter without a map of the products."""
+def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """The gradients of x and factor: `dy · factor`, and `Σ_positions dy · x` without a map of the products."""
     dfactor = torch.zeros_like(factor)
-    dys, xs = flat(dy, layout, prefix), flat(x, layout, prefix)
+    dys, xs = flat(dy, layout, num_prefix_tokens), flat(x, layout, num_prefix_tokens)
     for chunk in chunks(xs.shape[0], xs.shape[2], xs.shape[1]):
         part = chunk.samples, slice(None), chunk.positions
         dfactor[chunk.samples] += (dys[part].to(factor.dtype) * xs[part]).sum(-1)
-    return gate_forward(dy, factor, layout, prefix, torch.empty_like(x)), dfactor
+    return multiplied(dy, factor, layout, num_prefix_tokens, torch.empty_like(x)), dfactor

@@ -1,13 +1,15 @@
-"""The product with the gate as Triton kernels: `y = x · factor`, and with its gradient the sum the factor's gradient is."""
+"""The product with the gate, `y = x · factor`, and its gradients as Triton kernels."""
 
 import torch
 import triton
 import triton.language as tl
+from einops import rearrange
 from torch import Tensor
 
-from . import launch as config
-from .launch import supports_gate as supports_gate
-from .triton_common import launch, rounded, strides
+from drifa_attn.layout import Layout, positions
+
+from . import configs as config
+from .common import launch, rounded, strides
 
 
 @triton.jit
@@ -17,7 +19,7 @@ def gate_kernel(
     y,
     n,
     c,
-    prefix,
+    num_prefix_tokens,
     x_b,
     x_c,
     x_n,
@@ -27,7 +29,7 @@ def gate_kernel(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """`y = x · factor` in float32, rounded once, for a block of channels and positions; the first `prefix` are copied."""
+    """`y = x · factor` in float32, rounded once, for a block of channels and positions; prefix tokens are copied."""
     blocks = tl.cdiv(c, ROWS)
     tiles = tl.cdiv(n, POSITIONS)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -36,7 +38,7 @@ def gate_kernel(
     mask = (row < c)[:, None] & (p < n)[None, :]
     value = tl.load(x + b * x_b + row[:, None] * x_c + p[None, :] * x_n, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(factor + b * c + row, mask=row < c, other=0.0)
-    value = tl.where((p < prefix)[None, :], value, value * m[:, None])
+    value = tl.where((p < num_prefix_tokens)[None, :], value, value * m[:, None])
     tl.store(y + b * y_b + row[:, None] * y_c + p[None, :] * y_n, rounded(value, y.dtype.element_ty), mask=mask)
 
 
@@ -49,7 +51,7 @@ def gate_back_kernel(
     parts,
     n,
     c,
-    prefix,
+    num_prefix_tokens,
     dy_b,
     dy_c,
     dy_n,
@@ -63,7 +65,7 @@ def gate_back_kernel(
     POSITIONS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """`dx = dy · factor` (dy, for the first `prefix`), and the sum of `dy · x` over TILES tiles to `parts` (`b chunks c`)."""
+    """`dx = dy · factor` (dy for prefix tokens), and the sum of `dy · x` over TILES tiles to `parts` (`b chunks c`)."""
     blocks = tl.cdiv(c, ROWS)
     chunks = tl.cdiv(n, POSITIONS * TILES)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -74,7 +76,7 @@ def gate_back_kernel(
     for tile in range(TILES):
         p = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
         mask = (row < c)[:, None] & (p < n)[None, :]
-        gated = (p >= prefix)[None, :]
+        gated = (p >= num_prefix_tokens)[None, :]
         g = tl.load(dy + b * dy_b + row[:, None] * dy_c + p[None, :] * dy_n, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(x + b * x_b + row[:, None] * x_c + p[None, :] * x_n, mask=mask & gated, other=0.0).to(tl.float32)
         total += tl.where(gated, g * value, 0.0)
@@ -83,12 +85,13 @@ def gate_back_kernel(
     tl.store(parts + (b * chunks + chunk) * c + row, tl.sum(total, 1), mask=row < c)
 
 
-def gate_forward(x: Tensor, factor: Tensor, prefix: int = 0) -> Tensor:
-    """`y = x · factor`, but for the first `prefix` positions, which `y` has as they are.
+def gate_forward(x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int) -> Tensor:
+    """`y = x · factor`, in the dtype of x, rounded once; the prefix tokens of `y` are those of x.
 
-    Shape: x `b c n` of any strides, factor `b c` float32 -> y as x, in the memory order of x.
+    Shape: x of the layout, of any strides, factor `b c` float32 -> y as x, in the memory order of x.
     """
-    (b, c, n), y = x.shape, torch.empty_like(x)
+    out, x = torch.empty_like(x), positions(x, layout)
+    (b, c, n), y = x.shape, positions(out, layout)
     tile = config.gate(x)
     launch(
         gate_kernel,
@@ -99,19 +102,20 @@ def gate_forward(x: Tensor, factor: Tensor, prefix: int = 0) -> Tensor:
         y=y,
         n=n,
         c=c,
-        prefix=prefix,
+        num_prefix_tokens=num_prefix_tokens,
         **strides("x", x),
         **strides("y", y),
         ROWS=tile.rows,
         POSITIONS=tile.positions,
         num_warps=tile.warps,
     )
-    return y
+    return written(y, out, layout)
 
 
-def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:
+def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """The gradients of `gate_forward`: `dx = dy · factor` and `dfactor = Σ_n dy · x` (float32), in one pass over dy and x."""
-    (b, c, n), dx = x.shape, torch.empty_like(x)
+    out, dy, x = torch.empty_like(x), positions(dy, layout), positions(x, layout)
+    (b, c, n), dx = x.shape, positions(out, layout)
     tile = config.gate(x)
     chunks = triton.cdiv(n, tile.positions * tile.tiles)
     parts = x.new_empty(b, chunks, c, dtype=torch.float32)
@@ -126,7 +130,7 @@ def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, prefix: int = 0) -> tup
         parts=parts,
         n=n,
         c=c,
-        prefix=prefix,
+        num_prefix_tokens=num_prefix_tokens,
         **strides("dy", dy),
         **strides("x", x),
         **strides("dx", dx),
@@ -135,4 +139,11 @@ def gate_backward(dy: Tensor, x: Tensor, factor: Tensor, prefix: int = 0) -> tup
         TILES=tile.tiles,
         num_warps=tile.warps,
     )
-    return dx, parts.sum(1)
+    return written(dx, out, layout), parts.sum(1)
+
+
+def written(y: Tensor, out: Tensor, layout: Layout) -> Tensor:
+    """`out`, with the values of its positions `y`: they share memory, unless the strides of `out` allow no view."""
+    if y.data_ptr() == out.data_ptr():
+        return out
+    return out.copy_((y if layout == "b c ..." else rearrange(y, "b c n -> b n c")).view(out.shape))

@@ -1,7 +1,7 @@
-"""MIFA's six pooled vectors of one modality and their gradient as Triton kernels (MGIFA's and MLIFA's poolings, Fig. 3).
+"""The six poolings of one modality of MIFA and their gradients as Triton kernels (for MGIFA and MLIFA, Fig. 3).
 
-One pass over the modality: the poolings of the map come from the tile its convolution reads.
-Differs: the gradient of an extremum goes to the first of tied positions alone, ties being those before σ.
+One pass over the modality: the poolings of z and of the map t come from the tile that the convolution reads.
+Differs: the gradient of an extremum goes to the first of tied positions alone, where ties are those before σ.
 """
 
 import torch
@@ -10,10 +10,9 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from . import launch as config
-from .launch import supports as supports
-from .triton_common import Pools, finish, higher, launch, partials, peak, precision, product, sigmoid
-from .triton_products import (
+from . import configs as config
+from .common import Pools, finish, higher, launch, partials, peak, precision, product, sigmoid
+from .products import (
     MEAN,
     Pull,
     Slot,
@@ -55,10 +54,10 @@ def pools_kernel(
     TILES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Minimum, sum and maximum of a block of channels of `x` and of `W x + bias` (the sum: of its σ), for TILES tiles.
+    """Minimum, sum and maximum of a block of channels of `x` and of `W x + bias` (the sum is of its σ), for TILES tiles.
 
-    WHOLE: the block is all channels, so that one tile serves both. A sample that is not `present` is zeros and is not read.
-    `zero` is 0, which the compiler cannot know, so that it leaves the weights' loads in the loop.
+    WHOLE: the block has all channels, so that one tile serves both. A sample that is not `present` is zeros and is not read.
+    `zero` is 0, which the compiler cannot know, so that it leaves the loads of the weights in the loop.
     """
     blocks = tl.cdiv(c, ROWS)
     chunks = tl.cdiv(n, POSITIONS * TILES)
@@ -129,18 +128,19 @@ def mifa_forward(
     squeeze_weight: Tensor | None,
     squeeze_bias: Tensor | None,
     present: Tensor | None,
+    places: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The six vectors that leave one modality, and where the four extrema are.
+    """The six poolings of one modality, and the positions of the four extrema, which it finds with or without `places`.
 
-    weight and bias are those of the modality's convolution; the squeeze's, or None, of the reduction `z = lin(squeeze, x)`
-    in front. present says which samples have this modality; another's features count as zeros and are not read.
+    weight and bias are those of the modality's convolution. The squeeze, or None, is the reduction `z = lin(squeeze, x)` before
+    it. present says which samples have this modality; the features of the others count as zeros and are not read.
 
     Shape: x `b c n` of any strides, weight `d d`, bias `d`, squeeze `d c` and `d`, present `b`; -> stats `6 b d` float32
     (minimum, mean and maximum of z, then of t), where `4 b d` int32 (first position of the minimum and maximum of z, then
     of t, before σ).
     """
     b, d, n = x.shape[0], weight.shape[0], x.shape[2]
-    present = None if present is None else present.contiguous()  # a column of all modalities' has a stride
+    present = None if present is None else present.contiguous()  # a column of `b m` has a stride
     z = squeezed_map(x, squeeze_weight, squeeze_bias, present)
     tile = config.pools(z, d)
     chunks = triton.cdiv(n, tile.positions * tile.tiles)

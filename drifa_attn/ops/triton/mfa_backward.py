@@ -1,6 +1,7 @@
-"""The gradient of MFA's chain in one pass for narrow widths: recompute a tile's maps, differentiate, keep all in registers.
+"""The gradient of MFA's chain in one pass, for narrow widths.
 
-Each program takes a fixed run of tiles and leaves one slab of weight gradients, which are then added in order.
+For each tile it recomputes the maps and differentiates them in registers. Each program takes a fixed run of tiles and writes
+one slab of weight gradients; the slabs are then added in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,16 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from . import launch as config
-from .triton_common import launch, packed, precision, product, rounded, sigmoid, strides
-from .triton_products import layer, new_map, unbounded
+from . import configs as config
+from .common import launch, packed, precision, product, rounded, sigmoid, strides
+from .products import layer, new_map, unbounded
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
 def weight_tile(weights, index: tl.constexpr, D: tl.constexpr):
-    """One layer's weight of `l D D`."""
+    """The weight of one layer, from `l D D`."""
     row = tl.arange(0, D)
     return tl.load(weights + index * D * D + row[:, None] * D + row[None, :])
 
@@ -59,10 +60,10 @@ def chain_back_kernel(
     POSITIONS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """dz, and of TILES tiles the sums of the gradients of conv1, conv2, conv3 and clia.conv1 (`4 D D`, `4 D`).
+    """dz, and the sums over TILES tiles of the gradients of conv1, conv2, conv3 and clia.conv1 (`4 D D`, `4 D`).
 
-    grads `b 5 D`: what reaches h1 and h3 and t at every position, h2 at its maximum, and h4 at its maximum, before σ; in the
-    order h1, h2, h3, h4, t. where `b 2 D`. weights and biases as in the forward chain. Q: the dtype of gradients in products.
+    grads `b 5 D`, in the order h1, h2, h3, h4, t: of h1, h3 and t at every position, of h2 at its maximum, of h4 at its
+    maximum and before σ. where `b 2 D`. weights and biases as in the forward chain. Q: the dtype of gradients in products.
     """
     dtype: tl.constexpr = z.dtype.element_ty
     row = tl.arange(0, D)
@@ -128,7 +129,7 @@ def chain_back_kernel(
 
 
 def conv4_gradient(z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], at_top: Tensor, where4: Tensor) -> Tensor:
-    """conv4's weight gradient, from h3 at the `b d` positions where a maximum of h4 is: the chain over those alone."""
+    """The weight gradient of conv4, from h3 at the `b d` positions of the maxima of h4: the chain over these alone."""
     d = weights[0].shape[0]
     a = z.gather(2, where4[:, None].long().expand(-1, d, -1))
     h1, h12, h3 = (new_map(a, d, weights[0].dtype) for _ in range(3))
@@ -147,7 +148,7 @@ def chain_backward(
     where: Tensor,
     dz: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Write the gradient of `z` to `dz`; those of the five weights and biases, in float32.
+    """Write the gradient of `z` to `dz` and give those of the five weights and biases, in float32.
 
     weights in the dtype of the products, biases float32; grads `5 b d` as `chain_back_kernel` takes them.
     """

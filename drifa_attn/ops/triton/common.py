@@ -1,6 +1,7 @@
-"""Pieces of all Triton kernels. Channels are the rows of a tile, positions its columns: pooling stays in a thread.
+"""The parts that all Triton kernels share.
 
-Importing this file imports triton, which decides here, once, between its compiler and its interpreter.
+The rows of a tile are channels and its columns are positions, so that each thread pools on its own. When this file imports
+triton, triton decides between its compiler and its interpreter for the rest of the process.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import interpreting
+from drifa_attn.ops.choose import interpreting
 
 INTERPRET = tl.constexpr(interpreting())
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -21,7 +22,7 @@ NOWHERE = tl.constexpr(2**31 - 1)
 def launch(kernel: Any, programs: int, device_of: Tensor, **arguments: Any) -> None:
     """Run `programs` programs of `kernel` on the device of `device_of`.
 
-    Products may be fused with the sums that follow them; said here because the compiler's default is about to change.
+    A product may be fused with the sum that follows it. This is stated here because the default of the compiler will change.
     """
     with torch.cuda.device_of(device_of):
         kernel[(programs,)](**arguments, enable_fp_fusion=True)
@@ -40,7 +41,7 @@ def packed(weights: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
 
 
 def precision() -> str:
-    """How float32 operands are multiplied; the interpreter always does so exactly."""
+    """How float32 operands are multiplied; the interpreter always multiplies exactly."""
     return "ieee" if interpreting() else "tf32"
 
 
@@ -56,7 +57,7 @@ def sigmoid(z):
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """`total + a b`, summed in float32. Operands of two dtypes meet in float32. The interpreter has no bfloat16 product."""
+    """`total + a b`, summed in float32; two dtypes are multiplied in float32. The interpreter has no bfloat16 product."""
     if INTERPRET:
         return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif a.dtype == b.dtype:
@@ -67,7 +68,7 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def rounded(t, dtype: tl.constexpr):
-    """Float32 `t` in `dtype`, to nearest even. The interpreter truncates to bfloat16, so it is rounded by hand there."""
+    """Float32 `t` in `dtype`, rounded to nearest even. The interpreter truncates to bfloat16, so this rounds by hand there."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = t.to(tl.int32, bitcast=True)
         t = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -76,7 +77,7 @@ def rounded(t, dtype: tl.constexpr):
 
 @triton.jit
 def peak(t, ok, p):
-    """The maximum of each row over the positions `p` that are `ok`, and the first of them that holds it."""
+    """The maximum of each row over the positions `p` that are `ok`, and its first position."""
     t = tl.where(ok, t, float("-inf"))
     top = tl.max(t, 1)
     return top, tl.min(tl.where(t == top[:, None], p[None, :], NOWHERE), 1)
@@ -84,15 +85,15 @@ def peak(t, ok, p):
 
 @triton.jit
 def higher(top, at, new_top, new_at):
-    """The higher of two maxima and its position; the earlier, which comes first, among equals."""
+    """The higher of two maxima and its position; if they are equal, the first one, which has the earlier position."""
     return tl.maximum(top, new_top), tl.where(new_top > top, new_at, at)
 
 
 @triton.jit
 def pull(total, everywhere, vectors, positions, b, p, PULLS: tl.constexpr, width, row):
-    """`total` plus what sample b's vectors pass down: `everywhere` (`b width`), and each of PULLS `vectors` at a position.
+    """`total` plus the gradients of pooled vectors of sample b: `everywhere` (`b width`), and PULLS `vectors` at one position.
 
-    vectors and positions are `b PULLS width`: a maximum's gradient goes to the one position that holds it.
+    vectors and positions are `b PULLS width`: the gradient of a maximum goes to the one position of that maximum.
     """
     if everywhere is not None:
         total += tl.load(everywhere + b * width + row, mask=row < width, other=0.0)[:, None]
@@ -134,10 +135,10 @@ def finish_kernel(
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Reduce what the chunks of a sample left, in a fixed order: parts `b chunks STATS padded` -> stats `STATS b width`.
+    """Reduce the partial results of the chunks of a sample in a fixed order: `b chunks STATS padded` -> `STATS b width`.
 
     Bit s of PEAK_BITS says that statistic s is a maximum with a position (else a sum, to become a mean), of NEGATED_BITS
-    that it is the maximum of the negative, of SIGMOID_BITS that σ follows. PEAKS counts the maxima.
+    that it is the maximum of the negative, of SIGMOID_BITS that σ follows. PEAKS is the number of maxima.
     """
     blocks = tl.cdiv(width, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -167,7 +168,7 @@ def finish_kernel(
         value = total / n
         if bit(PEAK_BITS, s):
             value = -top if bit(NEGATED_BITS, s) else top
-            # a sample full of NaN has its maximum nowhere
+            # if all values are NaN, no position has the maximum
             tl.store(where + (ones_below(PEAK_BITS, s) * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
         if bit(SIGMOID_BITS, s):
             value = sigmoid(value)
@@ -175,7 +176,7 @@ def finish_kernel(
 
 
 class Pools(NamedTuple):
-    """Which statistics a pass over positions leaves: as many as `stats`, what each is by its bit (see `finish_kernel`)."""
+    """The statistics of a pass over positions: `stats` is their number, and the bits say what each is (see `finish_kernel`)."""
 
     stats: int
     peaks: int
@@ -188,13 +189,13 @@ class Pools(NamedTuple):
 
 
 def partials(x: Tensor, pools: Pools, chunks: int, padded: int) -> tuple[Tensor, Tensor]:
-    """Where each chunk of positions leaves its sums and maxima, and the positions of the maxima."""
+    """Empty memory for the sums and maxima of each chunk of positions, and for the positions of the maxima."""
     parts = x.new_empty(x.shape[0], chunks, pools.stats, padded, dtype=torch.float32)
     return parts, x.new_empty(x.shape[0], chunks, pools.spots, padded, dtype=torch.int32)
 
 
 def finish(x: Tensor, pools: Pools, parts: Tensor, spots: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The statistics `s b width` in float32 and the positions of the maxima, from what the chunks left."""
+    """The statistics `s b width` in float32 and the positions of the maxima, from the partial results of the chunks."""
     b, chunks, _, padded = parts.shape
     stats = x.new_empty(pools.stats, b, width, dtype=torch.float32)
     where = x.new_empty(pools.spots, b, width, dtype=torch.int32)

@@ -1,8 +1,8 @@
-"""MFA's five pooled vectors and their gradient as Triton kernels (the equations of HIFA and CLIA, Fig. 2).
+"""The five pooled maps of MFA and their gradients as Triton kernels (the equations of HIFA and CLIA, Fig. 2).
 
-Up to `WIDEST_CHAIN` channels one kernel reads `x` once and nothing else of size `b c n` is moved; beyond, each layer is a
-matrix product of its own. Backward recomputes from `x`.
-Differs: the gradient of a maximum goes to the first of tied positions alone, ties being those before σ.
+Up to `WIDEST_CHAIN` channels, one kernel reads `x` once and moves nothing else of size `b c n`. Wider, each layer is a matrix
+product of its own. Backward recomputes the maps from `x`.
+Differs: the gradient of a maximum goes to the first of tied positions alone, where ties are those before σ.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch as config
-from .launch import supports as supports
-from .triton_common import Pools, finish, higher, launch, packed, partials, peak, precision, product, rounded, sigmoid
-from .triton_mfa_back import chain_backward
-from .triton_products import (
+from . import configs as config
+from .common import Pools, finish, higher, launch, packed, partials, peak, precision, product, rounded, sigmoid
+from .mfa_backward import chain_backward
+from .products import (
     MAX,
     MEAN,
     Pull,
@@ -73,10 +72,10 @@ def chain_kernel(
     TILES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """All five layers for TILES tiles of positions of one sample: sums to `parts`, maxima before σ to `parts` and `spots`.
+    """All five layers of TILES tiles of positions of one sample: writes sums and maxima before σ to `parts`, and `spots`.
 
     weights `5 D D` and biases `5 D`, in the order conv1, conv2, conv3, conv4, clia.conv1 and zero-padded to D. `zero` is 0,
-    which the compiler cannot know: it would otherwise move the weights' loads out of the loop, and spill.
+    which the compiler cannot know. Otherwise it would move the loads of the weights out of the loop, and spill.
     """
     chunks = tl.cdiv(n, POSITIONS * TILES)
     b = (tl.program_id(0) // chunks).to(tl.int64)
@@ -90,7 +89,7 @@ def chain_kernel(
     top4 = tl.full((D,), float("-inf"), tl.float32)
     at2 = tl.zeros((D,), tl.int32)
     at4 = tl.zeros((D,), tl.int32)
-    for tile in tl.range(TILES, num_stages=1):  # prefetching the next tile's weights does not fit
+    for tile in tl.range(TILES, num_stages=1):  # prefetching the weights of the next tile does not fit
         p = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
         ok = (p < n)[None, :]
         live = tl.where(ok, 1.0, 0.0)
@@ -175,7 +174,7 @@ def chain_forward(
 def layerwise_forward(
     x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`mfa_forward` as one product a layer."""
+    """`mfa_forward` with one product per layer."""
     d = weights[0].shape[0]
     (conv1, conv2, conv3, conv4, local) = zip(
         [w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases], strict=True
@@ -192,12 +191,17 @@ def layerwise_forward(
 
 
 def mfa_forward(
-    x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    places: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The five vectors that leave HIFA and CLIA, and where the two maxima are.
+    """The five pooled maps of HIFA and CLIA, and the positions of the two maxima, which it finds with or without `places`.
 
-    Weights and biases are those of conv1, conv2, conv3, conv4 and clia.conv1; the squeeze's, or None, of the reduction
-    `z = lin(squeeze, x)` in front.
+    Weights and biases are those of conv1, conv2, conv3, conv4 and clia.conv1. The squeeze, or None, is the reduction
+    `z = lin(squeeze, x)` before them.
 
     Shape: x `b c n` of any strides, weights `d d`, biases `d`, squeeze `d c` and `d`; -> stats `5 b d` float32 (mean h1,
     max h2, mean h3, max h4, mean t), where `2 b d` int32 (first position of max h2 and of max h4, before σ).
@@ -209,9 +213,9 @@ def mfa_forward(
 def layerwise_core(
     z: Tensor, weights: Weights, biases: Weights, grads: Tensor, where: Tensor, dz: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Write the gradient of `z` to `dz`; those of the five weights and biases, in float32: one product after the other.
+    """Write the gradient of `z` to `dz` and give those of the five weights and biases, in float32, one product per layer.
 
-    grads: what reaches h1, h3 and t at every position, h2 at its maximum, h4 at its maximum and before σ; `b d` each.
+    grads, `b d` each: of h1, h3 and t at every position, of h2 at its maximum, of h4 at its maximum and before σ.
     """
     d = weights[0].shape[0]
     conv1, conv2, conv3, conv4, local = weights
@@ -261,7 +265,7 @@ def mfa_backward(
         through = [] if squeeze_weight is None else squeeze_back(dz, x[s], squeeze_weight, dx[s])
         return [*dw, *db, *through]
 
-    # without a squeeze the fused core writes no map of its own, so that the batch need not be cut
+    # without a squeeze, the chain writes no map except dz, so the batch need not be cut
     parts = [slice(None)] if chain and squeeze_weight is None else sample_chunks(x, d)
     gradients = summed(samples(s) for s in parts)
     dw, db = cast_like(gradients[:5], weights), cast_like(gradients[5:10], biases)

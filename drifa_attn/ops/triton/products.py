@@ -1,7 +1,7 @@
-"""The layer-wise kernels: one layer as one matrix product whose epilogue activates, pools and differentiates. Any width.
+"""The layer-wise kernels: one matrix product per layer, of any width, whose epilogue activates, pools and differentiates.
 
-Maps are `b c n` views of `b n c` memory, in the dtype of `x`; a squeezed map, which no sigmoid bounds, is float32 where `x`
-is float16.
+Maps are `b c n` views of `b n c` memory, in the dtype of `x`. No sigmoid bounds a squeezed map, so it is float32 if `x` is
+float16.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +14,8 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from . import launch as config
-from .triton_common import launch, peak, precision, product, pull, rounded, sigmoid
+from . import configs as config
+from .common import launch, peak, precision, product, pull, rounded, sigmoid
 
 MEAN, MAX = 1, 2  # what `layer` pools
 
@@ -53,11 +53,11 @@ def layer_kernel(
     POSITIONS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """`z = W x + bias` (c -> d) for a block of channels and positions of one sample, `h = σ(z)`, and of these what is asked.
+    """`z = W x + bias` (c -> d) for a block of channels and positions of one sample, `h = σ(z)`; computes what is requested.
 
-    POOL: the sum of h, or the maximum of z and its position, to its slot of `parts` and `spots`. `out`: h (z, unless
-    ACTIVE); `out_sum`: h + other. SLOPE: instead of h the gradient of z, `pull · h(1 − h)`, see `pull`.
-    A sample that is not `present` is zeros and is not read.
+    POOL: write the sum of h, or the maximum of z and its position, to its slot of `parts` and `spots`. `out`: write h (z,
+    unless ACTIVE). `out_sum`: write h + other. SLOPE: instead of h, the gradient of z, `pull · h(1 − h)`, see `pull`. A
+    sample that is not `present` is zeros and is not read.
     """
     blocks = tl.cdiv(d, ROWS)
     tiles = tl.cdiv(n, POSITIONS)
@@ -121,9 +121,9 @@ def back_kernel(
     POSITIONS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """`Wᵀ q [+ W2ᵀ q2] + pull` (d -> c), and with `h`, whose gradient this is, that before σ: times `h(1 − h)`.
+    """`Wᵀ q [+ W2ᵀ q2] + pull` (d -> c), the gradient of a map h. With `h`, the gradient before σ: times `h(1 − h)`.
 
-    Its sum over the tile goes to `parts` (`b tiles c`): a bias's gradient.
+    Its sum over the tile goes to `parts` (`b tiles c`), for the gradient of a bias.
     """
     blocks = tl.cdiv(c, ROWS)
     tiles = tl.cdiv(n, POSITIONS)
@@ -160,17 +160,17 @@ def new_map(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def unbounded(x: Tensor) -> torch.dtype:
-    """The dtype of a map no sigmoid bounds: the range of float16 may not hold it."""
+    """The dtype of a map that no sigmoid bounds: it can exceed the range of float16."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def tiles_of(x: Tensor) -> int:
-    """How many tiles of positions the layer-wise kernels cut a sample into."""
+    """The number of tiles of positions per sample in the layer-wise kernels."""
     return triton.cdiv(x.shape[2], config.positions(x.shape[2]))
 
 
 class Pull(NamedTuple):
-    """What reaches a map from its pooled vectors: a gradient at every position, `b d`, and at `k` positions more, `b k d`."""
+    """The gradient of a map from its pooled vectors: at every position, `b d`, and at `k` more positions, `b k d`."""
 
     everywhere: Tensor | None = None
     vectors: Tensor | None = None
@@ -182,12 +182,12 @@ class Pull(NamedTuple):
         return {"gradient": self.everywhere, "vectors": self.vectors, "positions": self.positions, "PULLS": count}
 
     def of(self, samples: slice) -> "Pull":
-        """What reaches these samples."""
+        """The gradient for these samples."""
         return Pull(*(None if t is None else t[samples] for t in self))
 
 
 class Slot(NamedTuple):
-    """Where a layer pools to: what (MEAN or MAX), of which statistic and which maximum."""
+    """Where a layer writes its pooling: MEAN or MAX, and the numbers of the statistic and of the maximum."""
 
     pool: int
     parts: Tensor
@@ -251,7 +251,7 @@ def layer(
 def back(
     pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, *, pull: Pull | None = None, h: Tensor | None = None
 ) -> Tensor | None:
-    """The gradient one or two layers (weight `d c`, map q) pass down to `out`, see `back_kernel`; with `h`, a bias's too."""
+    """Write the gradient through one or two layers (weight `d c`, map q) to `out`; with `h`, give that of a bias too."""
     (weight, q), (weight2, q2) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
     (b, d, n), c = q.shape, weight.shape[1]
     chosen, positions = config.product(q, c), config.positions(n)
@@ -296,7 +296,7 @@ def squeezed_map(
 
 
 def bias_sums(x: Tensor, width: int) -> Tensor:
-    """Where the tiles of a map leave its sums: `b tiles 1 width`."""
+    """Empty memory for the sums of the tiles of a map: `b tiles 1 width`."""
     return x.new_empty(x.shape[0], tiles_of(x), 1, width, dtype=torch.float32)
 
 
@@ -307,22 +307,22 @@ def weight_gradient(q: Tensor, a: Tensor) -> Tensor:
 
 
 def sample_chunks(x: Tensor, width: int) -> Iterator[slice]:
-    """The batch in slices whose maps of `width` channels are at most 32 MiB each, so that they stay in the cache."""
+    """Slices of the batch whose maps of `width` channels have at most 32 MiB each, so that they stay in the cache."""
     step = max(1, 2**25 // (x.shape[2] * width * x.element_size()))
     return (slice(first, first + step) for first in range(0, x.shape[0], step))
 
 
 def squeeze_back(dz: Tensor, x: Tensor, squeeze_weight: Tensor, dx: Tensor) -> list[Tensor]:
-    """Through `z = lin(squeeze, x)`: its input's gradient to `dx`, its weight's and its bias's."""
+    """Write the gradient through `z = lin(squeeze, x)` to `dx` and give those of its weight and bias."""
     back([(squeeze_weight.to(x.dtype).contiguous(), dz)], dx)
     return [weight_gradient(dz, x), dz.sum((0, 2), dtype=torch.float32)]
 
 
 def summed(gradients: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Lists of tensors, added entry by entry, in their order."""
+    """The sum of lists of tensors, entry by entry, in their order."""
     return reduce(lambda total, more: [t + m for t, m in zip(total, more, strict=True)], gradients)
 
 
 def cast_like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each gradient in the dtype of its tensor and in memory of its own."""
+    """Each gradient in the dtype of its tensor, in new memory."""
     return [torch.empty_like(t).copy_(g) for g, t in zip(gradients, tensors, strict=True)]

@@ -1,0 +1,270 @@
+"""Decides which implementation runs for an input, and says why.
+
+Two questions, each asked once. `reference_reason`: do the reference equations run, or a fused operator? It can be compiled. A
+fused operator asks `triton_reason` when it runs: does Triton take this input, or the chunked operators? The answer needs real
+tensors, so it is never part of a compiled graph. This file imports no triton, so that it can say why triton is not used.
+"""
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from drifa_attn.layout import positions
+
+from . import chunked
+
+Mode = Literal["auto", "reference", "fused"]
+MODES = ("auto", "reference", "fused")
+
+# Elements of a map (at the width that attention works at) from which a fused operator pays on a CPU, measured on two cores.
+# Without gradients the operator must save time; behind a squeeze the maps are narrow, and more elements are needed. With
+# gradients it saves the memory that is kept for backward, and may take up to twice the time in so small a layer.
+SMALL = 2**17
+SMALL_SQUEEZED = 2**19
+SMALL_TRAINED = 2**15
+
+MINIMUM_TRITON = (3, 6)  # interpreted with this version and with 3.8; the configurations were compiled with 3.8
+WIDEST = 4096  # the widest that was compiled; nothing in the layer-wise kernels depends on it
+
+
+def check_mode(owner: str, mode: str) -> Mode:
+    """`mode` if it is a known one, else a `ValueError`."""
+    if mode in MODES:
+        return cast(Mode, mode)
+    raise ValueError(f'{owner} expected "auto", "reference" (the equations) or "fused" (always fused), got {mode!r}.')
+
+
+class _State:
+    """The mode of the process, a plain attribute, so that `torch.compile` guards on it."""
+
+    mode: Mode = check_mode("DRIFA_BACKEND", os.environ.get("DRIFA_BACKEND", "auto"))
+
+
+@contextmanager
+def use(mode: Mode) -> Iterator[None]:
+    """Within this context, attention runs in this mode, in all threads; elsewhere in the mode of `DRIFA_BACKEND`.
+
+    Args:
+        mode: "auto" chooses by measured rules (`explain` tells what and why). "reference" runs the equations of `functional`.
+            "fused" always runs a fused operator: Triton's where it can run, else the chunked one.
+
+    Raises: ValueError: another mode.
+    """
+    mode = check_mode("ops.use", mode)
+    before, _State.mode = _State.mode, mode
+    try:
+        yield
+    finally:
+        _State.mode = before
+
+
+class Choice(NamedTuple):
+    """The implementation that runs for an input, "reference", "chunked" or "triton", and the reason."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+Features = Tensor | Sequence[Tensor]  # `b c n` for MFA, or a list of them, one per modality, for MIFA
+
+
+def is_fused(x: Features, width: int) -> bool:
+    """Whether a fused operator runs for these features, see `reference_reason`: the one choice that a forward makes."""
+    return reference_reason(x, width) is None
+
+
+def reference_reason(x: Features, width: int) -> str | None:
+    """Why the reference equations run for these features, or None if a fused operator runs; the largest modality decides.
+
+    Shape: x `b c n`, or a list of m features `b c_i n_i`. `width` is the width that attention works at.
+    """
+    mode = _State.mode
+    if mode == "reference":
+        return "the mode is reference"
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "a traced or ONNX graph cannot contain the fused operators"
+    if mode == "fused":
+        return None
+    if isinstance(x, Tensor):
+        return special_reason(x) or size_reason(x, width)
+    return special_reason(x[0]) or size_reason(largest(x), width, products=1)
+
+
+def special_reason(x: Tensor) -> str | None:
+    """Why something around this call needs the reference equations, or None."""
+    if x.is_meta:
+        return "meta tensors have no values to fuse over"
+    if is_exporting():
+        return "an exported graph must run without this library"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func transforms need equations that they can see"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives need equations that they can see"
+    return None
+
+
+def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
+    """Why a fused operator would not pay for `b c n` features, or None.
+
+    `products` is the number of products between x and the pooled vectors: five in MFA, one in MIFA.
+    """
+    kind = x.device.type
+    if kind not in ("cpu", "cuda"):
+        return f"fused operators are not measured on {kind}"
+    # For backward, Inductor may recompute a map with other bits than those that its maximum came from: the gradient is then
+    # 0 / 0. Fused operators store the position of the maximum, so compiled code takes them at any size.
+    if kind == "cuda" or torch.compiler.is_compiling():
+        return None
+    (b, c, n), trained = x.shape, torch.is_grad_enabled()
+    if n == 1:
+        return "one position per sample: nothing to pool"
+    elements, small = b * n * width, SMALL_TRAINED if trained else SMALL if width == c else SMALL_SQUEEZED
+    if elements < small:
+        return f"a map of {elements} elements is small: fewer than {small}"
+    if products == 1 and not trained:
+        return "one product per modality: without gradients, no memory can be saved"
+    return None
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export`, or something built on it, runs; in torch 2.6 its strict form looks like compiling."""
+    compiler = torch.compiler
+    if hasattr(compiler, "is_exporting"):
+        return compiler.is_exporting()
+    return compiler.is_compiling() and not compiler.is_dynamo_compiling()
+
+
+def backend(x: Tensor, width: int | None = None) -> ModuleType:
+    """The module whose functions run on `x`, see `triton_reason`: `ops.triton` or `ops.chunked`."""
+    if triton_reason(x, width) is not None:
+        return chunked
+    from . import triton  # not above: it imports triton
+
+    return triton
+
+
+def triton_reason(x: Tensor, width: int | None = None) -> str | None:
+    """Why the chunked operators run on `x`, or None if Triton's do.
+
+    Args:
+        x: `b c n`; for the gate any layout.
+        width: the width that attention works at; None asks for the gate.
+    """
+    if x.device.type != "cuda" and not interpreting():
+        return f"on {x.device.type} the fused operators are the chunked ones"
+    return unsupported_by_gate(x) if width is None else unsupported(x, width)
+
+
+def unsupported_by_gate(x: Tensor) -> str | None:
+    """Why the Triton gate cannot take `x`, or None."""
+    missing = triton_missing()
+    if missing:
+        return missing
+    if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
+        return f"x is on {x.device}, the kernels run on CUDA"
+    if x.device.type == "cuda" and capability(x) < 80:
+        return f"compute capability {capability(x) / 10} is below 8.0"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"x is {x.dtype}, the kernels take float16, bfloat16 and float32"
+    if 0 in x.shape:
+        return f"x is empty: {tuple(x.shape)}"
+    if sum(abs(stride) * (size - 1) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True)) >= 2**31:
+        return "one sample of x spans 2^31 elements or more"
+    return None
+
+
+def unsupported(x: Tensor, width: int) -> str | None:
+    """Why Triton's statistics cannot take `x` (`b c n`) at a width of `width` channels, or None."""
+    reason = unsupported_by_gate(x)
+    if reason:
+        return reason
+    if x.shape[2] == 1:
+        return "n = 1: a vector has nothing to pool"
+    if width < 16:
+        return f"width {width} is below 16, the least that tensor cores multiply"
+    if max(width, x.shape[1]) > WIDEST:
+        return f"{max(width, x.shape[1])} channels are more than the {WIDEST} that the kernels were compiled for"
+    if x.dtype == torch.float32 and not interpreting() and not tf32_allowed():
+        return "float32 without TF32 has no tensor cores; torch.backends.cuda.matmul.allow_tf32 = True allows them"
+    return None
+
+
+@functools.cache  # reading the version takes longer than a small kernel
+def triton_missing() -> str | None:
+    """Why triton cannot be used, or None."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
+        return f"triton is {version}, the kernels need >= {'.'.join(map(str, MINIMUM_TRITON))}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether triton, if imported now, runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def capability(x: Tensor) -> int:
+    """The compute capability of the device of `x`, 90 for 9.0; the interpreter counts as 9.0."""
+    if x.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's switch allows tensor cores for float32 matrix products."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; reading the old switch fails if the new one was used
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+def largest(xs: Sequence[Tensor]) -> Tensor:
+    """The `b c n` modality with the most elements."""
+    return max(xs, key=lambda x: x.shape[1] * x.shape[2])
+
+
+def choose(x: Features, width: int) -> Choice:
+    """The implementation for the pooled vectors of these features, and the reason."""
+    reason = reference_reason(x, width)
+    if reason:
+        return Choice("reference", reason)
+    x = x if isinstance(x, Tensor) else largest(x)
+    reason = triton_reason(x, width)
+    path = "chunked" if reason else "triton"
+    reason = reason or f"Triton takes {x.dtype} at width {width}"
+    return Choice(path, reason if _State.mode == "auto" else f"the mode is fused; {reason}")
+
+
+def explain(layer: Any, x: Any) -> Choice:
+    """Which implementation a layer runs for an input, and why.
+
+    Args:
+        layer: an `MFA` or `MIFA`.
+        x: what its forward takes: features, or for a `MIFA` a list of them.
+
+    Raises: TypeError: another layer.
+    """
+    if hasattr(layer, "layouts"):
+        places = zip(layer.layouts, layer.num_prefix_tokens, strict=True)
+        features: Features = [positions(one, *place) for one, place in zip(x, places, strict=True)]
+    elif hasattr(layer, "local_scale") and hasattr(layer, "layout"):
+        features = positions(x, layer.layout, layer.num_prefix_tokens)
+    else:
+        raise TypeError(f"ops.explain expected an MFA or MIFA, got {type(layer).__name__}: pass one that it contains.")
+    return choose(features, layer.local_scale.shape[0])
