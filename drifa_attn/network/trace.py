@@ -1,15 +1,12 @@
-"""What a network does, seen from outside: one forward of a copy without memory, every module call and its dataflow recorded.
+"""Records a forward pass of a copy: every module call, and what each tensor depends on.
 
-The copy lives on the meta device: shapes and Python control flow are the network's own, no number is computed, and the
-network itself, its caches included, is never touched.
+The copy lives on the meta device. Shapes and Python control flow are the network's own; no number is computed.
 """
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drifa_attn.trees import Path, replace_tensor, tensors_in
+from drifa_attn.trees import Path, map_tensors, replace_tensor, tensors_in
 
 Shape = tuple[int, ...]
 
@@ -32,27 +29,15 @@ POINTWISE = ADDITIONS | {
 MOST_PREFIX = 16  # no published network has more class and register tokens than this
 
 
-def meta_clone(model: nn.Module) -> nn.Module:
-    """A copy of the network without memory: same modules and attributes, every tensor they hold on the meta device.
-
-    Hooks that are plain functions are left out: they are not copied, and what they write to is not the copy's.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for _, tensor in tensors_in(vars(module)):  # parameters, buffers, and whatever else it keeps
-            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    clone = copy.deepcopy(model, memo).eval()
-    for module in clone.modules():
-        for registered in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in registered.items() if isinstance(hook, FunctionType)]:
-                del registered[key]
-    return clone
-
-
 @dataclass
-class Flow:
-    """Which marks a tensor depends on, as bit sets: at all, through positions other than a prefix, and mixed over them."""
+class Dependency:
+    """What a tensor depends on, as bit sets of marks.
+
+    Attributes:
+        reach: everything it depends on.
+        through_positions: what it depends on through positions other than prefix tokens.
+        mixed: what was mixed over positions on the way.
+    """
 
     tensor: Tensor  # held, so that its id stays its own
     reach: int = 0
@@ -61,7 +46,7 @@ class Flow:
 
 
 @dataclass
-class Leaf:
+class Output:
     """One tensor of a module's output."""
 
     shape: Shape
@@ -75,7 +60,7 @@ class Call:
 
     order: int
     count: int = 0
-    leaves: dict[Path, Leaf] = field(default_factory=dict)
+    outputs: dict[Path, Output] = field(default_factory=dict)
     input_mark: int = 0
     is_dict: bool = False
 
@@ -93,10 +78,6 @@ class Trace:
     output_reach: int = 0
     output_through_positions: int = 0
     output_producers: set[str] = field(default_factory=set)
-
-    def is_live(self, leaf: Leaf, prefix: int) -> bool:
-        """Whether the network's output depends on this tensor, or with a prefix, on the positions behind it."""
-        return bool(leaf.mark & (self.output_through_positions if prefix else self.output_reach))
 
 
 def reads_prefix(function: Callable, args: tuple) -> bool:
@@ -116,13 +97,13 @@ class Tracer(TorchFunctionMode):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.trace = Trace(batch)
-        self.flows: dict[int, Flow] = {}
+        self.flows: dict[int, Dependency] = {}
         self.frames: list[str] = []
         self.producers: dict[int, set[str]] = {}
         self.marks = 0
 
-    def flow(self, tensor: Tensor) -> Flow:
-        return self.flows.setdefault(id(tensor), Flow(tensor))
+    def flow(self, tensor: Tensor) -> Dependency:
+        return self.flows.setdefault(id(tensor), Dependency(tensor))
 
     def new_mark(self) -> int:
         self.marks += 1
@@ -147,8 +128,8 @@ class Tracer(TorchFunctionMode):
             self.propagate(function, args, inputs, outputs)
         return result
 
-    def propagate(self, function: Any, args: tuple, inputs: list[Flow], outputs: list[Tensor]) -> None:
-        """What the inputs of an operation depend on, its outputs depend on."""
+    def propagate(self, function: Any, args: tuple, inputs: list[Dependency], outputs: list[Tensor]) -> None:
+        """The outputs of an operation depend on what its inputs depend on."""
         reach = through = mixed = 0
         for flow in inputs:
             reach, through, mixed = reach | flow.reach, through | flow.through_positions, mixed | flow.mixed
@@ -188,13 +169,13 @@ class Tracer(TorchFunctionMode):
         self.frames.append(name)
 
     def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """After a module's forward, which gives views of its output: one tensor may be there twice, or be the input too."""
+        """After a module's forward. It gives views of the output: one tensor may stand there twice, or be the input too."""
         self.frames.pop()
         call = self.trace.calls[name]
         call.order = self.marks
         call.is_dict |= isinstance(output, dict)
         inputs = [self.flow(t) for _, t in tensors_in((args, kwargs))]
-        call.leaves = {}
+        call.outputs = {}
         for path, tensor in tensors_in(output):
             if id(tensor) not in self.flows:  # made by something no torch function shows, such as a scripted one
                 self.propagate(None, (), inputs, [tensor])
@@ -202,14 +183,15 @@ class Tracer(TorchFunctionMode):
             self.flows[id(view)] = replace(self.flow(tensor), tensor=view)
             self.mark(view, mark)
             self.producers[id(view)] = self.producers.get(id(tensor), set()) | {name}
-            call.leaves[path] = Leaf(tuple(tensor.shape), mark, tensor.is_floating_point())
+            call.outputs[path] = Output(tuple(tensor.shape), mark, tensor.is_floating_point())
             output = replace_tensor(output, path, lambda _, view=view: view)  # type: ignore[misc]
         return output
 
 
 class FlopCount(TorchDispatchMode):
-    """Counts the FLOPs of products and convolutions by torch's own formulas (without `FlopCounterMode`'s module tracker, which
-    some networks break).
+    """Counts the FLOPs of products and convolutions by torch's own formulas.
+
+    `FlopCounterMode` does the same, but some networks break its module tracker.
     """
 
     def __init__(self) -> None:
@@ -224,6 +206,67 @@ class FlopCount(TorchDispatchMode):
         formula = self.formulas.get(function._overloadpacket)
         self.total += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
         return result
+
+
+Inputs = tuple[tuple, dict[str, Any]]  # arguments and keyword arguments
+LARGER = (16, 128, 256)  # added to the last axes in the second trace: at least twice the largest stride in use
+
+
+@dataclass
+class Traces:
+    """Two forwards of a copy, the second one with another batch and, where the network takes it, another image size.
+
+    Attributes:
+        inputs: what the first forward took.
+        first: its record.
+        second: the other record; None if no second forward worked.
+        is_resized: whether the second one had another image size.
+        error: why no second forward worked.
+    """
+
+    inputs: Inputs
+    first: Trace
+    second: Trace | None = None
+    is_resized: bool = False
+    error: str = ""
+
+
+def traces(clone: nn.Module, candidates: Sequence[Inputs]) -> Traces:
+    """Trace a copy with the first of these inputs that it takes, and once more at another size.
+
+    Raises: the error of the last input, if it takes none of them.
+    """
+    error: Exception | None = None
+    for inputs in candidates:
+        try:
+            found = Traces(inputs, trace(clone, *inputs))
+        except Exception as exception:  # noqa: BLE001 - a network may fail in any way on a guessed input
+            error = exception
+            continue
+        add_second(clone, found)
+        return found
+    raise error or ValueError("no input to trace with")
+
+
+def add_second(clone: nn.Module, found: Traces) -> None:
+    """Take the second trace: with a larger image, or else with the same one; or say why neither works."""
+    for larger in (True, False):
+        inputs = map_tensors(found.inputs, partial(resized, batch=found.first.batch, larger=larger))
+        try:
+            found.second, found.is_resized = trace(clone, *inputs), larger
+            return
+        except Exception as exception:  # noqa: BLE001 - the first trace still stands; the survey notes the error
+            found.error = f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}"
+
+
+def resized(tensor: Tensor, batch: int, larger: bool) -> Tensor:
+    """An input with one more sample and, if `larger`, a larger image (axes 2 and on of a floating-point tensor)."""
+    shape = list(tensor.shape)
+    if shape and shape[0] == batch:
+        shape[0] += 1
+    if larger and tensor.is_floating_point() and tensor.ndim > 2:
+        shape[2:] = [size + step for size, step in zip(shape[2:], LARGER[-len(shape) + 2 :], strict=True)]
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def trace(clone: nn.Module, args: tuple, kwargs: dict | None = None) -> Trace:
