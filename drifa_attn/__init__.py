@@ -1,16 +1,11 @@
 """DRIFA's dual attention (WACV 2025, arXiv:2412.01248) for any network."""
 
-from . import functional
-from .attention.mfa import CLIA, HIFA, MFA
-from .attention.mifa import MGIFA, MIFA, MLIFA
-from .attention.rra import RRA
-from .files.checkpoint import load_attention, save_attention
-from .fusion.fuse import Fused, fuse
-from .fusion.losses import TaskLoss
-from .uncertainty.dropout import add_dropout, remove_dropout
-from .uncertainty.estimate import Uncertainty, ensemble, mc_dropout
-from .wrapping.plan import Plan, plan
-from .wrapping.wrap import attention_maps, attention_parameters, disabled, freeze_backbone, unwrap, wrap
+from . import functional, ops
+from .attention import CLIA, HIFA, MFA, MGIFA, MIFA, MLIFA, RRA
+from .files import load_attention, save_attention
+from .fusion import Fused, TaskLoss, fuse
+from .uncertainty import Uncertainty, add_dropout, ensemble, mc_dropout, remove_dropout
+from .wrapping import Plan, attention_parameters, disabled, freeze_backbone, gates, plan, unwrap, wrap
 
 __version__ = "0.1.0"
 
@@ -27,15 +22,16 @@ __all__ = [
     "TaskLoss",
     "Uncertainty",
     "add_dropout",
-    "attention_maps",
     "attention_parameters",
     "disabled",
     "ensemble",
     "freeze_backbone",
     "functional",
     "fuse",
+    "gates",
     "load_attention",
     "mc_dropout",
+    "ops",
     "plan",
     "remove_dropout",
     "save_attention",

@@ -1,33 +1,31 @@
-"""Which features of which branches meet in each fusion: stages of one reduction, of one fraction of depth, or as named."""
+"""Which features of which branches meet at each stage: those of one reduction, of one fraction of depth, or as named."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from drifa_attn.network.survey import Survey
+from drifa_attn.network.blocks import blocks
+from drifa_attn.network.site import Site
+from drifa_attn.network.stages import stages
+from drifa_attn.network.survey import Survey, output_site
 from drifa_attn.trees import tensors_in
-from drifa_attn.wrapping.inject import Site
 
 Pairs = Literal["stage", "block"] | Sequence[Mapping[str, str]]
 
 
-def output_of(modality: str, survey: Survey) -> Site:
-    """The tensor in a backbone's output that the heads read."""
-    for path in survey.first.calls[""].leaves:
-        site = survey.feature("", path)
-        if isinstance(site, Site):
-            return site
-    raise ValueError(f"fuse found no feature in the output of backbone {modality!r}: {survey.feature('', path)}.")
-
-
-def sites_of(survey: Survey, names: Mapping[str, Sequence[int]]) -> list[Site]:
-    """The first site of each of these modules, in calling order."""
-    found = [sites[0] for name, channels in names.items() if (sites := survey.sites(name, channels)[0])]
-    return sorted(found, key=lambda site: survey.first.calls[site.module].order)
+def branch_outputs(surveys: Mapping[str, Survey]) -> dict[str, Site]:
+    """For each branch the tensor in its output that is read at its end."""
+    outputs = {}
+    for modality, survey in surveys.items():
+        site = output_site(survey)
+        if not isinstance(site, Site):
+            raise ValueError(f"fuse found no feature in the output of backbone {modality!r}: {site}.")
+        outputs[modality] = site
+    return outputs
 
 
 def paired(surveys: Mapping[str, Survey], at: Pairs) -> list[dict[str, Site]]:
-    """Which features of which branches meet in each fusion."""
+    """The sites by modality that meet at each stage."""
     if not isinstance(at, str):
         pairs = [listed(surveys, entry) for entry in at]
         if alone := [name for name in surveys if not any(name in sites for sites in pairs)]:
@@ -35,19 +33,35 @@ def paired(surveys: Mapping[str, Survey], at: Pairs) -> list[dict[str, Site]]:
         return pairs
     if at not in ("stage", "block"):
         raise ValueError(f'fuse expected at "stage", "block" or a list of {{modality: module name}}, got {at!r}.')
-    found = {}
-    for name, survey in surveys.items():
-        blocks = dict.fromkeys(survey.blocks() if at == "block" else (), ())
-        found[name] = sites_of(survey, blocks or survey.stages())
-        if not found[name]:
-            raise ValueError(f"fuse found no {at} in backbone {name!r}: name modules, at=[{{{name!r}: ...}}, ...].")
-    # The shapes alone decide: reductions that come back, as in pyramids that go down and up, are no stages to pair.
+    found = {name: found_at(name, survey, at) for name, survey in surveys.items()}
+    return (by_reduction(surveys, found) if at == "stage" else None) or by_depth(found)
+
+
+def found_at(modality: str, survey: Survey, at: str) -> list[Site]:
+    """The first site of each block, or of each stage, in calling order."""
+    names = (blocks(survey) if at == "block" else []) or stages(survey)
+    sites = [survey.found[name].sites[0] for name in names if name in survey.found and survey.found[name].sites]
+    if not sites:
+        raise ValueError(f"fuse found no {at} in backbone {modality!r}: name modules, at=[{{{modality!r}: ...}}, ...].")
+    return sorted(sites, key=lambda site: survey.first.calls[site.module].order)
+
+
+def by_reduction(surveys: Mapping[str, Survey], found: Mapping[str, Sequence[Site]]) -> list[dict[str, Site]] | None:
+    """The last sites of each reduction that all branches share; None where they share fewer than two.
+
+    Only shapes decide. Reductions that come back, as in pyramids that go down and up, are no stages to pair.
+    """
     octaves = {name: [octave(surveys[name], site) for site in sites] for name, sites in found.items()}
+    rising = all(None not in one and sorted(one) == one for one in octaves.values())  # type: ignore[type-var]
     shared = sorted(set.intersection(*map(set, octaves.values())) - {None})  # type: ignore[type-var]
-    rising = all(None not in found and sorted(found) == found for found in octaves.values())  # type: ignore[type-var]
-    if rising and len(shared) > 1 and at == "stage":
-        last = {name: dict(zip(octaves[name], sites, strict=True)) for name, sites in found.items()}
-        return [{name: last[name][k] for name in found} for k in shared]
+    if not rising or len(shared) < 2:
+        return None
+    last = {name: dict(zip(octaves[name], sites, strict=True)) for name, sites in found.items()}
+    return [{name: last[name][k] for name in found} for k in shared]
+
+
+def by_depth(found: Mapping[str, Sequence[Site]]) -> list[dict[str, Site]]:
+    """As many stages as the branch with the fewest sites has, at the same fractions of each branch's depth."""
     depth = min(map(len, found.values()))
     return [{name: sites[math.ceil((k + 1) * len(sites) / depth) - 1] for name, sites in found.items()} for k in range(depth)]
 
@@ -61,16 +75,17 @@ def octave(survey: Survey, site: Site) -> int | None:
 
 
 def listed(surveys: Mapping[str, Survey], entry: Mapping[str, str]) -> dict[str, Site]:
-    """The features that one entry of `at` names."""
+    """The features that one entry of `at` names, in the order of the branches."""
     if not isinstance(entry, Mapping) or not entry or any(name not in surveys for name in entry):
         raise ValueError(f"fuse expected entries {{modality: module name}} of {list(surveys)} in at=, got {entry!r}.")
     sites = {}
-    for name in surveys:  # in the order of the branches
+    for name, survey in surveys.items():
         if name in entry:
-            if not entry[name] or entry[name] not in surveys[name].modules:
+            if not entry[name] or entry[name] not in survey.modules:
                 raise ValueError(f"fuse: backbone {name!r} has no module {entry[name]!r}.")
-            found, reasons = surveys[name].sites(entry[name], surveys[name].stages().get(entry[name], ()))
-            if not found:
-                raise ValueError(f"fuse: backbone {name!r} cannot be fused at {entry[name]!r}: {'; '.join(reasons)}.")
-            sites[name] = found[0]
+            here = survey.found.get(entry[name])
+            if here is None or not here.sites:
+                reasons = "; ".join(here.reasons) if here else "it is not called"
+                raise ValueError(f"fuse: backbone {name!r} cannot be fused at {entry[name]!r}: {reasons}.")
+            sites[name] = here.sites[0]
     return sites

@@ -1,10 +1,11 @@
-"""Dropout: put into a network that has none, and switched on by itself at test time.
+"""Dropout: put into a network that has none, and switched on alone at test time.
 
-What is put in is a forward hook, as attention is: it has no weight, and changes neither a key of the network nor its class.
+It is a step that a module carries behind its forward, as attention is. It has no weight, and changes neither a key of the
+network nor its class.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from drifa_attn.layout import Layout
-from drifa_attn.network.trace import meta_clone
-from drifa_attn.trees import replace_tensor
-from drifa_attn.wrapping.inject import Site, detach
+from drifa_attn.network.copies import meta_clone
+from drifa_attn.trees import Path, replace_tensor
+from drifa_attn.wrapping.inject import carry, detach, release, steps_of
 from drifa_attn.wrapping.plan import At, check_network, plan
 from drifa_attn.wrapping.wrap import Network
 
@@ -28,17 +28,17 @@ FUNCTIONS |= {F.multi_head_attention_forward}
 BUILTINS: set[Callable] = {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
 
 
-class DropoutHook:
-    """A forward hook that drops whole channels of one tensor of a module's output, in training and in `mc_dropout`."""
+@dataclass(frozen=True)
+class DropoutStep:
+    """A step that drops whole channels of one tensor of a module's output, in training and in `mc_dropout`."""
 
-    def __init__(self, site: Site, p: float) -> None:
-        self.site = site
-        self.p = p
-        self.handle: RemovableHandle | None = None  # unpickling it keeps torch from giving this hook's number to another
+    p: float
+    path: Path
+    layout: Layout
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        drop = partial(drop_channels, p=self.p, layout=self.site.layout, training=module.training)
-        return replace_tensor(output, self.site.path, drop)
+    def __call__(self, module: nn.Module, output: Any) -> Any:
+        drop = partial(drop_channels, p=self.p, layout=self.layout, training=module.training)
+        return replace_tensor(output, self.path, drop)
 
 
 def drop_channels(x: Tensor, *, p: float, layout: Layout, training: bool) -> Tensor:
@@ -48,12 +48,11 @@ def drop_channels(x: Tensor, *, p: float, layout: Layout, training: bool) -> Ten
     return torch.feature_dropout(x.movedim(-1, 1), p=p, train=training).movedim(1, -1)
 
 
-def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, int, DropoutHook]]:
-    """What `add_dropout` put into a network: the module, the hook's number there, the hook."""
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, DropoutStep]]:
+    """What `add_dropout` put into a network: the modules that carry it, and the steps."""
     for module in model.modules():
-        for key, hook in module._forward_hooks.items():
-            if isinstance(hook, DropoutHook):
-                yield module, key, hook
+        for step in steps_of(module, DropoutStep):
+            yield module, step
 
 
 def add_dropout(
@@ -68,10 +67,10 @@ def add_dropout(
 
         result = drifa_attn.mc_dropout(drifa_attn.add_dropout(model, 0.1), x)
 
-    Whole channels of a sample are dropped, at all positions and class tokens: single elements would say little, for their
-    neighbours are alike and a head averages over positions. Dropout is on in training mode and in `mc_dropout`; in eval mode
-    the network is as before, to the last bit. No weight and no key is added. Whether `wrap` came before or comes after, at one
-    site dropout precedes attention. Of a fused network, give it to the backbones, before `fuse` or after. A network trained
+    Whole channels of a sample are dropped, at all positions and class tokens. Dropping single elements has little effect:
+    neighbours are correlated, and a head averages over positions. Dropout is on in training mode and in `mc_dropout`; in eval
+    mode the network is as before, bit for bit. No weight and no key is added. At one site dropout comes before attention,
+    whichever was put there first. Of a fused network, give it to the backbones, before `fuse` or after. A network trained
     without dropout should be fine-tuned with it before its spread is trusted.
 
     Args:
@@ -93,42 +92,25 @@ def add_dropout(
     bare = meta_clone(model)
     detach(bare)  # attention is no obstacle
     for site in plan(bare, at, example_input=example_input, layouts=layouts).sites:
-        hook = DropoutHook(site, float(p))
-        hook.handle = model.get_submodule(site.carrier).register_forward_hook(hook, prepend=True)
+        carry(model.get_submodule(site.carrier), DropoutStep(float(p), site.path, site.layout), first=True)
     return model
 
 
 def remove_dropout(model: Network) -> Network:
     """Take out of a network, in place, what `add_dropout` put in; its own dropout stays.
 
-    Raises: ValueError: there is none.
+    Raises: ValueError: the network holds none.
     """
     found = list(dropouts(model))
     if not found:
-        raise ValueError(f"{type(model).__name__} holds no dropout of add_dropout.")
-    for module, key, _ in found:
-        del module._forward_hooks[key]
+        raise ValueError(f"{type(model).__name__} holds no dropout that add_dropout put there.")
+    for module, step in found:
+        release(module, step)
     return model
 
 
-@contextmanager
-def evaluating(model: nn.Module, *, dropout: bool) -> Iterator[None]:
-    """Within this context a network is in eval mode, but for its dropout where wanted; afterwards every mode is back.
-
-    Flags alone are set: a network may do more in a `train` of its own than can be taken back.
-    """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = dropout and is_dropout(module)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def is_dropout(module: nn.Module) -> bool:
-    """Whether a module's own mode decides on dropout: it is one, or it hands the rate of one to fused attention (timm)."""
+    """Whether a module's own mode switches dropout: it is a dropout, or it gives its rate to fused attention (timm)."""
     return isinstance(module, _DropoutNd) or hasattr(module, "attn_drop")
 
 

@@ -1,7 +1,6 @@
 """Uncertainty of a prediction from several passes, Fig. 1B: Monte Carlo dropout, ensembles, and both together."""
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from drifa_attn.checks import check_count
+from drifa_attn.network.modes import eagerly, eval_mode
 from drifa_attn.trees import map_tensors, tensors_in
 
-from .dropout import DropoutMode, evaluating
+from .dropout import DropoutMode, is_dropout
 
 ONLY = object()  # the head of a model whose output is one tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Uncertainty:
-    """What `s` passes say about `b` samples of `k` classes: the mean prediction, how unsure it is, and why.
+    """What `s` passes say about `b` samples of `k` classes: the mean prediction, and how uncertain it is.
 
         probs = mean_s p_s                               total     = −Σ_k probs · log probs
         aleatoric = mean_s (−Σ_k p_s · log p_s)          epistemic = mean_s Σ_k p_s · log(p_s / probs)
@@ -31,9 +31,9 @@ class Uncertainty:
     Attributes:
         probs: `b k`, the mean of the passes' softmax.
         total: `b`, the predictive entropy.
-        aleatoric: `b`, the expected entropy: how unsure each pass is by itself.
+        aleatoric: `b`, the expected entropy: how uncertain each single pass is.
         epistemic: `b`, the mutual information, as the mean divergence of a pass from the mean: how much the passes disagree.
-            Not negative but by rounding, and not clamped.
+            It is negative only by rounding; it is not clamped.
         variance: `b k`, of a class's probability over the passes (their mean squared distance from `probs`), in [0, 1/4].
 
     All are float32, float64 for float64 logits. Source: Fig. 1B; the decomposition is that of arXiv:1703.02910.
@@ -50,7 +50,7 @@ Result = Uncertainty | dict[Any, Uncertainty]
 
 
 def expected(p: Tensor, value: Tensor) -> Tensor:
-    """The mean of a value under probabilities over the last axis, where what cannot happen counts nothing: 0 · log 0 = 0."""
+    """The expectation of a value over the last axis, with 0 · log 0 = 0."""
     return (p * value).masked_fill(p == 0, 0).sum(-1)
 
 
@@ -72,7 +72,7 @@ def decompose(logits: Tensor) -> Uncertainty:
 def mc_dropout(
     model: nn.Module,
     inputs: Any,
-    samples: int = 30,
+    passes: int = 30,
     *,
     generator: torch.Generator | None = None,
     chunk: int | None = None,
@@ -87,9 +87,9 @@ def mc_dropout(
     Afterwards, also after an error, every module has its own mode again. A compiled network runs uncompiled here.
 
     Args:
-        model: gives logits: one tensor `b k`, k >= 2, or a dict, list or tuple of them, one a head.
+        model: gives logits: one tensor `b k`, k >= 2, or a dict, list or tuple of them, one per head.
         inputs: a tensor, list or dict is the model's one argument, a tuple its positional arguments.
-        samples: passes, >= 2.
+        passes: their number, >= 2.
         generator: makes the result reproducible and leaves torch's global random state alone; None draws from that.
         chunk: how many samples of the batch go through the model at a time; None: all. Other chunks draw other masks.
 
@@ -98,15 +98,15 @@ def mc_dropout(
         dropout.
     Source: Fig. 1B. Differs: classes are read off by argmax, not by a threshold of 0.5.
     """
-    check_count("mc_dropout", "samples", samples)
-    check_passes("mc_dropout", samples)
-    return estimate({"mc_dropout": model}, inputs, samples, generator, chunk)
+    check_count("mc_dropout", "passes", passes)
+    check_passes("mc_dropout", passes)
+    return estimate({"mc_dropout": model}, inputs, passes, generator, chunk)
 
 
 def ensemble(
     models: Iterable[nn.Module],
     inputs: Any,
-    samples: int | None = None,
+    passes: int | None = None,
     *,
     generator: torch.Generator | None = None,
     chunk: int | None = None,
@@ -118,8 +118,8 @@ def ensemble(
     Args:
         models: the members, with the same heads and shapes. Each counts the same.
         inputs: as `mc_dropout` takes them; every member gets the same.
-        samples: None, or Monte Carlo passes of each member, >= 1. There must be at least two passes in all.
-        generator: as in `mc_dropout`; without `samples` nothing is random.
+        passes: None, or Monte Carlo passes of each member, >= 1. There must be at least two passes in all.
+        generator: as in `mc_dropout`; without `passes` nothing is random.
         chunk: as in `mc_dropout`.
 
     Returns, Raises: as `mc_dropout`; also ValueError: a member given twice, or members whose outputs differ.
@@ -129,24 +129,24 @@ def ensemble(
     if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
         raise TypeError(f"ensemble expected a list of members, got one {type(models).__name__}: for it alone, mc_dropout.")
     members = list(models)
-    if samples is not None:
-        check_count("ensemble", "samples", samples)
-    check_passes("ensemble", len(members) * (1 if samples is None else samples))
+    if passes is not None:
+        check_count("ensemble", "passes", passes)
+    check_passes("ensemble", len(members) * (1 if passes is None else passes))
     for i, member in enumerate(members):
         if (first := next(j for j, other in enumerate(members) if other is member)) < i:
             raise ValueError(f"ensemble got one network as members {first} and {i}: it would count twice.")
-    return estimate({f"ensemble, member {i},": m for i, m in enumerate(members)}, inputs, samples, generator, chunk)
+    return estimate({f"ensemble, member {i},": m for i, m in enumerate(members)}, inputs, passes, generator, chunk)
 
 
 def check_passes(owner: str, passes: int) -> None:
     """Raise a `ValueError` unless there are at least two passes."""
     if passes < 2:
-        raise ValueError(f"{owner} expected at least 2 passes in all, got {passes}: fewer do not spread.")
+        raise ValueError(f"{owner} expected at least 2 passes in all, got {passes}: one pass has no variance.")
 
 
 @torch.no_grad()
 def estimate(
-    models: Mapping[str, nn.Module], inputs: Any, samples: int | None, generator: torch.Generator | None, chunk: int | None
+    models: Mapping[str, nn.Module], inputs: Any, passes: int | None, generator: torch.Generator | None, chunk: int | None
 ) -> Result:
     """The uncertainty over all passes of all models, which messages call by these names, a chunk of the batch at a time."""
     for name, model in models.items():
@@ -159,15 +159,15 @@ def estimate(
     with ExitStack() as stack:
         stack.enter_context(seeded(owner, sources, generator))
         for model in models.values():
-            stack.enter_context(evaluating(model, dropout=samples is not None))
+            stack.enter_context(eval_mode(model, but=is_dropout if passes else None))
         for piece in pieces:
-            passes: list[dict[Any, Tensor]] = []
+            runs: list[dict[Any, Tensor]] = []
             for name, model in models.items():
-                for _ in range(samples or 1):
-                    with nullcontext() if samples is None else dropping(name, piece, sources):
-                        passes.append(heads(name, model(*piece)))
-                    check_alike(name, passes[-1], passes[0])
-            parts.append({head: decompose(torch.stack([one[head] for one in passes])) for head in passes[0]})
+                for _ in range(passes or 1):
+                    with nullcontext() if passes is None else dropping(name, piece, sources):
+                        runs.append(heads(name, model(*piece)))
+                    check_alike(name, runs[-1], runs[0])
+            parts.append({head: decompose(torch.stack([one[head] for one in runs])) for head in runs[0]})
     whole = {head: joined([part[head] for part in parts]) for head in parts[0]}
     return whole.get(ONLY, whole)
 
@@ -198,7 +198,7 @@ def heads(name: str, output: Any) -> dict[Any, Tensor]:
         where = name if head is ONLY else f"{name} head {head!r}"
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"{where} expected logits from the model, one floating-point tensor (b k) a head, got {got}.")
+            raise TypeError(f"{where} expected logits from the model, one floating-point tensor (b k) per head, got {got}.")
         if logits.ndim == 2 and logits.shape[1] == 1:
             raise ValueError(f"{where} got a single logit z, {tuple(logits.shape)}: give two, torch.cat([0 * z, z], 1).")
         if logits.ndim != 2 or not logits.shape[1]:
@@ -259,9 +259,7 @@ def seeded(owner: str, sources: Sequence[torch.Generator], generator: torch.Gene
 def dropping(name: str, args: tuple, sources: Sequence[torch.Generator]) -> Iterator[None]:
     """Around one pass: functional dropout is on. A `ValueError` if nothing was drawn, for then all passes are equal."""
     before = [source.get_state() for source in sources]
-    # Compiled code has its dropout left out; without dynamo loaded there is none.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with eager, DropoutMode():
+    with eagerly(), DropoutMode():
         yield
     drawn = any(not torch.equal(source.get_state(), state) for source, state in zip(sources, before, strict=True))
     if not drawn and all(tensor.numel() for _, tensor in tensors_in(args)):

@@ -1,140 +1,185 @@
-"""How attention gets into a network that does not know of it: a forward hook on the site, a child module for the weights.
+"""How attention gets into a network that does not know of it: a `forward` on the instance, and a child that owns the weights.
 
-A hook changes neither the class of a module nor the name of any of its weights, as a wrapper module would; it is an object of
-a module-level class, so networks that carry it copy, pickle, compile and export. The weights live in a child, so that
-`state_dict`, `to`, `parameters` and DDP see them: of the site itself, unless it is a container, whose own forward would run
-the child as one of its steps; then of the nearest module around it that is none, or else within it.
+A module that carries something has a `forward` of its own, on the instance. It runs the class's forward and then the steps
+that the module carries. The class of the module and the names of its weights stay as they are, which a wrapper module would
+change. The compiler guards on such a `forward`; it does not guard on forward hooks. The weights are a child module, so that
+`state_dict`, `to`, `parameters` and DDP see them, and each call looks the child up by its name: whatever replaces the child
+is used.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from drifa_attn.attention.mfa import MFA
-from drifa_attn.attention.mifa import MIFA
-from drifa_attn.checks import Init
-from drifa_attn.layout import Layout
+from drifa_attn.attention import Refines, Spec, build
+from drifa_attn.layout import Place, as_place
+from drifa_attn.network.site import Site
 from drifa_attn.trees import Path, replace_tensor
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+Step = Callable[[nn.Module, Any], Any]
+STEPS = "drifa_steps"  # the attribute of a module that lists the steps it carries
 CHILD = "drifa_attn"
 
 
+class Carried:
+    """A `forward` on the instance: the module's own forward, then each step that the module carries."""
+
+    def __init__(self, module: nn.Module, own: Callable | None) -> None:
+        self.module = module
+        self.own = own  # an instance forward that was there before, such as accelerate's; None: the class's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.finish(self.own(*args, **kwargs))
+        return self.finish(type(self.module).forward(self.module, *args, **kwargs))
+
+    def finish(self, output: Any) -> Any:
+        """The output after the steps that the module carries now."""
+        for step in getattr(self.module, STEPS, ()):
+            output = step(self.module, output)
+        return output
+
+    def replicate(self) -> nn.Module:
+        """A replica of the module for `nn.DataParallel`, which carries the same steps with weights of its own."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        replica.forward = Carried(replica, self.own)
+        return replica
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own or type(self.module).forward.__get__(self.module))
+
+    @property
+    def __globals__(self) -> Any:
+        raise AttributeError(
+            f"torch.jit.script cannot compile what drifa_attn put behind a {type(self.module).__name__}: use torch.jit.trace, "
+            "torch.export or torch.compile, or take it out first."
+        )
+
+
+def carry(module: nn.Module, step: Step, *, first: bool = False) -> None:
+    """Let a module carry one more step, as its last or as its first one."""
+    if STEPS not in vars(module):
+        carried = Carried(module, vars(module).get("forward"))
+        setattr(module, STEPS, [])
+        module.forward = carried
+        module._replicate_for_data_parallel = carried.replicate  # type: ignore[method-assign, assignment]
+    steps = vars(module)[STEPS]
+    steps.insert(0 if first else len(steps), step)
+
+
+def release(module: nn.Module, step: Step) -> None:
+    """Let a module no longer carry this step; without steps its `forward` is what it was before the first one."""
+    steps = vars(module)[STEPS]
+    steps.remove(step)
+    if steps:
+        return
+    delattr(module, STEPS)
+    del module._replicate_for_data_parallel
+    forward = vars(module)["forward"]
+    if isinstance(forward, Carried):  # what another tool put around it stays, and finds no step to run
+        if forward.own is None:
+            del module.forward
+        else:
+            module.forward = forward.own
+
+
+def steps_of(module: nn.Module, kind: type) -> list[Any]:
+    """The steps of this kind that a module carries."""
+    return [step for step in vars(module).get(STEPS, ()) if isinstance(step, kind)]
+
+
 @dataclass(frozen=True)
-class Site:
-    """One feature that attention refines: a tensor in the output of a module, and how to read it.
+class Refinement:
+    """A step that passes one tensor of a module's output through the attention below it.
 
     Attributes:
-        module: the module's name in the network.
-        carrier: the module that carries the hook: of a plain `nn.Sequential` its last step, for timm's gradient checkpointing
-            runs the steps without the `Sequential`.
-        path: where in its output the tensor is; empty when the output is the tensor.
-        channels, layout, num_prefix_tokens: as `MFA` takes them.
-        shape: of the tensor for one sample, the batch axis left out.
-        params, flops: what attention adds here, FLOPs for one sample.
+        child: the attention's name below the module that carries the step.
+        beyond: the carrier's name below the module of the site; empty when that is the carrier itself.
+        path: where in the output the tensor is.
+        place: its channels, layout and size.
     """
 
-    module: str
-    carrier: str
+    child: str
+    beyond: str
     path: Path
-    channels: int
-    layout: Layout
-    num_prefix_tokens: int
-    shape: tuple[int, ...]
-    params: int = 0
-    flops: int = 0
+    place: Place
 
-    @property
-    def name(self) -> str:
-        """The module's name, with the tensor's place in its output where that is not the whole."""
-        return self.module + "".join(f"[{key}]" for key in self.path)
+    def __call__(self, module: nn.Module, output: Any) -> Any:
+        return replace_tensor(output, self.path, self.attention(module))
 
-    @property
-    def positions(self) -> int:
-        """How many positions it has, prefix tokens left out."""
-        spatial = self.shape[1:] if self.layout == "b c ..." else self.shape[:-1]
-        return math.prod(spatial) - self.num_prefix_tokens
+    def attention(self, module: nn.Module) -> nn.Module:
+        """What is at the child's name now."""
+        return reduce(getattr, self.child.split("."), module)  # type: ignore[arg-type, return-value]
+
+    def site(self, carrier: str) -> Site:
+        """The site under the name that its carrier has in a network."""
+        module = carrier.removesuffix(self.beyond).removesuffix(".") if self.beyond else carrier
+        return Site(module=module, path=self.path, **as_place(self.place))
 
 
-class AttentionHook:
-    """A forward hook that passes one tensor of a module's output through its attention."""
+@dataclass(frozen=True, kw_only=True)
+class Slot(Site):
+    """A site with the place of its attention.
 
-    def __init__(self, site: Site, attention: MFA) -> None:
-        self.site = site
-        self.attention = attention
-        self.enabled = True
-        self.handle: RemovableHandle | None = None  # unpickling it keeps torch from giving this hook's number to another
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.enabled:
-            return output
-        return replace_tensor(output, self.site.path, self.attention)
-
-
-class Fusion(MIFA):
-    """The MIFA of one stage of a fused network, with the names of the modalities that meet there, and a switch.
-
-    Differs: none from `MIFA` while it is enabled; otherwise every feature passes unchanged.
+    Attributes:
+        carrier: the module that carries the step: of a plain `nn.Sequential` its last step, for timm's gradient checkpointing
+            runs the steps without the `Sequential`.
+        owner: the module whose child the attention becomes: the carrier, or a module within it.
     """
 
-    def __init__(self, modalities: Sequence[str], channels: Sequence[int], **options: Any) -> None:
-        super().__init__(channels, len(modalities), **options)
-        self.names = list(modalities)
-        self.enabled = True
-
-    def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
-        """The features xs, gated if this is enabled."""
-        return super().forward(xs, present) if self.enabled else list(xs)
+    carrier: str
+    owner: str
 
 
-def fusions(model: nn.Module) -> Iterator[tuple[str, Fusion]]:
-    """Every fusion of a network with its name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Fusion))
-
-
-def hooks(model: nn.Module) -> Iterator[AttentionHook]:
-    """Every attention hook of a network, or of a DDP or compiled wrapper around it, in the order of its modules."""
-    return (hook for _, hook in placed(model))
-
-
-def placed(model: nn.Module) -> Iterator[tuple[Site, AttentionHook]]:
-    """Every attention hook with its site under the names of this network, which may hold the wrapped one as a part."""
+def placed(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
+    """Every site that `wrap` made, under its name in this network, with what is there now in the place of its attention."""
     for name, module in model.named_modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, AttentionHook):
-                around = name.removesuffix(hook.site.carrier)
-                yield replace(hook.site, module=around + hook.site.module, carrier=name), hook
+        for step in steps_of(module, Refinement):
+            yield step.site(name), step.attention(module)
 
 
-def carrier_of(model: nn.Module, name: str) -> str:
-    """The module whose output is this module's output in any case: the last step of plain `Sequential`s, unless shared."""
-    module = model.get_submodule(name)
-    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
-        step, last = list(module._modules)[-1], module[-1]
-        if sum(other is last for _, other in model.named_modules(remove_duplicate=False)) != 1:
-            break
-        name, module = f"{name}.{step}" if name else step, last
+def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec) -> None:
+    """Put attention into every slot of a network; all of it is built before anything changes."""
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    built = []
+    for slot in sorted(slots, key=lambda slot: order[slot.carrier]):
+        attention = build(spec, slot, **factory_kwargs(model, slot.carrier))
+        built.append((slot, attention.train(model.get_submodule(slot.carrier).training)))
+    for slot, attention in built:
+        owner = model.get_submodule(slot.owner)
+        child = free_name(owner)
+        owner.add_module(child, attention)
+        below = slot.owner.removeprefix(slot.carrier).removeprefix(".")
+        beyond = slot.carrier.removeprefix(slot.module).removeprefix(".")
+        step = Refinement(f"{below}.{child}".removeprefix("."), beyond, slot.path, Place(**as_place(slot)))
+        carry(model.get_submodule(slot.carrier), step)
+
+
+def free_name(owner: nn.Module) -> str:
+    """A name for the attention that the owner does not use yet."""
+    name, number = CHILD, 1
+    while hasattr(owner, name):
+        number += 1
+        name = f"{CHILD}_{number}"
     return name
 
 
-def owner_of(model: nn.Module, name: str, avoid: set[str]) -> str:
-    """The module whose child the weights of this site become."""
-    parts = name.split(".") if name else []
-    around = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
-    prefix = f"{name}." if name else ""
-    within = [prefix + inner for inner, _ in model.get_submodule(name).named_modules() if inner]
-    for candidate in (*around, *within):
-        if candidate not in avoid and not isinstance(model.get_submodule(candidate), CONTAINERS):
-            return candidate
-    raise ValueError(f"no module at, around or within {name!r} can hold the attention's weights: all are containers.")
+def detach(model: nn.Module) -> None:
+    """Take everything that `attach` put there out of a network."""
+    for module in list(model.modules()):
+        for step in steps_of(module, Refinement):
+            owner, _, child = step.child.rpartition(".")
+            delattr(module.get_submodule(owner), child)
+            release(module, step)
 
 
-def kind_of(model: nn.Module, name: str) -> dict[str, Any]:
-    """Device and dtype of the weights at, or else nearest around, a module."""
+def factory_kwargs(model: nn.Module, name: str) -> dict[str, Any]:
+    """Device and dtype of the weights in a module, or else in the nearest one around it."""
     parts = name.split(".") if name else []
     for i in range(len(parts), -1, -1):
         for parameter in model.get_submodule(".".join(parts[:i])).parameters():
@@ -143,45 +188,6 @@ def kind_of(model: nn.Module, name: str) -> dict[str, Any]:
     return {"device": None, "dtype": None}
 
 
-def build(site: Site, *, reduction: int | None, init: Init, **kind: Any) -> MFA:
-    """The attention of a site."""
-    return MFA(
-        site.channels, reduction=reduction, init=init, layout=site.layout, num_prefix_tokens=site.num_prefix_tokens, **kind
-    )
-
-
-def attach(
-    model: nn.Module, sites: Sequence[Site], *, reduction: int | None, init: Init, avoid: set[str] | None = None
-) -> list[AttentionHook]:
-    """Put attention at every site of a network; build all of it before changing anything."""
-    built = []
-    for site in sites:
-        owner = owner_of(model, site.carrier, avoid or set())
-        attention = build(site, reduction=reduction, init=init, **kind_of(model, site.carrier))
-        built.append((owner, attention.train(model.get_submodule(site.carrier).training), site))
-    attached = []
-    for owner, attention, site in built:
-        module = model.get_submodule(owner)
-        words = [CHILD, *(str(key) for key in site.path)]
-        if owner != site.carrier:  # it is around or within it
-            words.insert(1, site.carrier.removeprefix(f"{owner}.").replace(".", "_"))
-        child = "_".join(words)
-        while hasattr(module, child):
-            child += "_"
-        module.add_module(child, attention)
-        hook = AttentionHook(site, attention)
-        hook.handle = model.get_submodule(site.carrier).register_forward_hook(hook)
-        attached.append(hook)
-    return attached
-
-
-def detach(model: nn.Module) -> None:
-    """Take every attention hook and its weights out of a network."""
-    attentions = {id(hook.attention) for hook in hooks(model)}
-    for module in list(model.modules()):
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, AttentionHook):
-                del module._forward_hooks[key]
-        for name, child in list(module.named_children()):
-            if id(child) in attentions:
-                delattr(module, name)
+def spec_of(attention: nn.Module) -> Spec | None:
+    """How to build what is at a site once more; None for what is not of this library."""
+    return next((module.spec() for module in attention.modules() if isinstance(module, Refines)), None)

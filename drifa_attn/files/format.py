@@ -1,0 +1,35 @@
+"""The file itself: safetensors, with the plan of the attention as JSON in its metadata."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORMAT, VERSION = "drifa_attn", 2
+
+
+def write(path: str | Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a plan and tensors."""
+    from safetensors.torch import save_file  # a dependency of timm; importing the package does not need it
+
+    written = json.dumps({"version": VERSION, **plan})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {FORMAT: written})
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plan and the tensors of a file; a `ValueError` if it is of another kind or version."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+    if FORMAT not in metadata:
+        raise ValueError(f"{path} was not written by save_attention: it has no {FORMAT!r} metadata.")
+    plan = json.loads(metadata[FORMAT])
+    if plan["version"] != VERSION:
+        raise ValueError(
+            f"{path} is of version {plan['version']}, this drifa_attn reads version {VERSION}: use the one that wrote it."
+        )
+    return plan, tensors

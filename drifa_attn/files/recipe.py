@@ -1,0 +1,128 @@
+"""How a network got its attention, as a file says it, and the same attention put into a fresh network by it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from drifa_attn.attention import Spec
+from drifa_attn.fusion import Fused, fuse
+from drifa_attn.fusion.branches import surveyed
+from drifa_attn.network.copies import meta_clone
+from drifa_attn.network.site import Site
+from drifa_attn.network.survey import Survey, survey
+from drifa_attn.wrapping.inject import attach, detach, placed, spec_of
+from drifa_attn.wrapping.rehearse import rehearse
+
+from .state import check_state, chosen_state
+
+
+def wrapped_recipe(model: nn.Module) -> dict[str, Any]:
+    """How a network was wrapped; without sites, its attention is part of its own code."""
+    found = list(placed(model))
+    specs = {(spec.name, tuple(sorted(spec.options.items()))) for _, one in found if (spec := spec_of(one))}
+    if len(specs) > 1:
+        raise ValueError(f"{type(model).__name__} has parts that were wrapped differently: save the attention of each part.")
+    name, options = next(iter(specs), (None, ()))
+    return {"attention": {"name": name, "options": dict(options)}, "sites": [asdict(site) for site, _ in found]}
+
+
+def fused_recipe(net: Fused) -> dict[str, Any]:
+    """How a network was fused, and its branches were wrapped."""
+    if not isinstance(net.recipe["fusion"], str):
+        raise ValueError(
+            f"save_attention writes fusions by their name, and {net.recipe['fusion'].__name__} has none: add it to "
+            "drifa_attn.fusion.FUSIONS and name it in fuse(..., fusion=...), or save net.state_dict()."
+        )
+    return {
+        "tasks": {task: head.out_features for task, head in net.heads.items()},  # type: ignore[union-attr]
+        "stages": [{modality: asdict(site) for modality, site in sites.items()} for sites in net.stages],
+        "options": net.recipe | {"dropout": net.dropout.p, "modality_dropout": net.modality_dropout},
+        "branches": {
+            modality: wrapped_recipe(branch) if next(placed(branch), None) else None
+            for modality, branch in net.branches.items()
+        },
+    }
+
+
+def wrap_again(network: nn.Module, recipe: Mapping[str, Any], example_input: Any) -> None:
+    """Put attention into a network, without its weights, where and as a file says."""
+    sites = [site_of(entry) for entry in recipe["sites"]]
+    if not sites:
+        return
+    found = survey(network, example_input, prepare=detach, **hints(sites))
+    for site in sites:
+        check_site(found, site)
+    attach(network, rehearse(found, sites), Spec(**recipe["attention"]))
+
+
+def fuse_again(
+    backbones: Mapping[str, nn.Module],
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
+    *,
+    tensors: Mapping[str, Tensor],
+    modules: list[str],
+    batch_norm: bool,
+) -> Fused:
+    """Fuse networks as a file says; first their copies without memory, where any difference shows before one is touched."""
+    if set(backbones) != set(recipe["branches"]):
+        raise ValueError(f"the file holds a network of the modalities {list(recipe['branches'])}, got {list(backbones)}.")
+    for modality in recipe["branches"]:
+        check_branch(backbones[modality], modality, recipe, inputs.get(modality))
+    rehearsal = fused_once({modality: meta_clone(backbones[modality]) for modality in recipe["branches"]}, recipe, inputs)
+    check_state(rehearsal, tensors, chosen_state(rehearsal, modules, batch_norm))
+    return fused_once({modality: backbones[modality] for modality in recipe["branches"]}, recipe, inputs)
+
+
+def check_branch(backbone: nn.Module, modality: str, recipe: Mapping[str, Any], example_input: Any) -> None:
+    """Raise unless a backbone has the features where its branch in the file was fused and wrapped."""
+    entries = [entry[modality] for entry in recipe["stages"] if modality in entry]
+    sites = [site_of(entry) for entry in [*entries, *(recipe["branches"][modality] or {"sites": []})["sites"]]]
+    classifier = recipe["options"]["classifiers"].get(modality)
+    found = surveyed(modality, backbone, classifier, example_input, **hints(sites))
+    found.title += f" of branch {modality!r}"
+    for site in sites:
+        check_site(found, site)
+
+
+def fused_once(backbones: Mapping[str, nn.Module], recipe: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Fused:
+    """Wrap and fuse networks as a file says; if that fails they are unwrapped again."""
+    try:
+        for modality, wrapped in recipe["branches"].items():
+            if wrapped:
+                wrap_again(backbones[modality], wrapped, inputs.get(modality))
+        at = [{modality: entry["module"] for modality, entry in sites.items()} for sites in recipe["stages"]]
+        return fuse(backbones, recipe["tasks"], at=at, example_inputs=inputs, **recipe["options"])
+    except Exception:
+        for backbone in backbones.values():
+            detach(backbone)
+        raise
+
+
+def site_of(entry: Mapping[str, Any]) -> Site:
+    """A site as a file holds it."""
+    return Site(**{**entry, "path": tuple(entry["path"]), "shape": tuple(entry["shape"])})
+
+
+def hints(sites: list[Site]) -> dict[str, Any]:
+    """What the sites of a file tell a survey about where channels are."""
+    return {"layouts": {s.module: s.layout for s in sites}, "channels": {s.module: [s.channels] for s in sites}}
+
+
+def check_site(found: Survey, site: Site) -> None:
+    """Raise a `ValueError` unless the network has this feature where the file says, with its channels and prefix tokens."""
+    if site.module not in found.modules:
+        raise ValueError(f"the file has attention at {site.name!r}, a module that {found.title} does not have.")
+    seen = found.found.get(site.module)
+    here = next((other for other in seen.sites if other.path == site.path), None) if seen else None
+    if here is None:
+        reasons = "; ".join(seen.reasons) if seen else "it is not called"
+        raise ValueError(f"the file has attention at {site.name!r}, where {found.title} can take none: {reasons}.")
+    for key in ("channels", "num_prefix_tokens"):
+        if getattr(here, key) != getattr(site, key):
+            raise ValueError(
+                f"the file's attention at {site.name!r} has {key}={getattr(site, key)}, "
+                f"{found.title} has {key}={getattr(here, key)} there."
+            )

@@ -1,0 +1,167 @@
+"""`Fused`: backbones that advance together, refined after every stage, read out into one vector, with one head per task."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from drifa_attn.layout import Place, positions
+from drifa_attn.network.glue import enter, leave
+from drifa_attn.network.lockstep import Part
+from drifa_attn.network.site import Site
+from drifa_attn.trees import at_path, replace_tensor
+
+from .presence import check_inputs, cleared, presence
+from .protocol import Readout, Refiner
+
+
+class Fused(nn.Module):
+    """Several backbones in lockstep, refined after every stage, one linear head per task; `fuse` builds it.
+
+        f_i = mean(branch_i(x_i)), refined after every stage        logits = lin(head, readout(f_1, …, f_m))
+
+    Absent modalities add nothing to a gate. What the readout makes of them, it says.
+
+    Attributes:
+        branches: the backbones by modality, the same objects that were given.
+        refiners: one per stage, for DRIFA a MIFA; `stages` are its sites by modality. `gates` shows their gates, `disabled`
+            switches them off.
+        readout: makes one vector per sample of all branches.
+        heads: one linear layer per task.
+        modality_dropout: in training, the probability that a present modality is dropped; a sample keeps at least one.
+
+    Shape: {modality: what its backbone takes, `b …`}, present `b m` (bool, modalities in the order of `branches`) ->
+        {task: logits `b k`}. A modality that is not in the dict is absent from the whole batch.
+    Raises: ValueError, TypeError: an unknown modality, an empty dict, unequal batch sizes, or a `present` that is not
+        `b m` of bool.
+    Differs: the paper fuses two ResNet-18 of its own. Other backbones, other numbers of them, and absent modalities are not in
+        it.
+    """
+
+    pretrained_cfg = {"classifier": "heads"}  # as timm's networks state theirs
+    drifa_parts = "its branches, net.branches[name]"  # what `wrap` is to be given instead
+
+    def __init__(
+        self,
+        branches: Mapping[str, nn.Module],
+        refiners: Iterable[Refiner],
+        readout: Readout,
+        tasks: Mapping[str, int],
+        *,
+        stages: Sequence[Mapping[str, Site]],
+        outputs: Mapping[str, Site],
+        parts: Mapping[str, Mapping[bool, Sequence[Part]]],
+        dropout: float,
+        modality_dropout: float,
+        recipe: Mapping[str, Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.branches, self.refiners, self.readout = nn.ModuleDict(branches), nn.ModuleList(refiners), readout
+        self.heads = nn.ModuleDict(
+            {task: nn.Linear(readout.width, classes, device=device, dtype=dtype) for task, classes in tasks.items()}
+        )
+        self.modalities = list(branches)  # the compiler of torch 2.6 does not list a ModuleDict
+        self.dropout = nn.Dropout(dropout)
+        self.modality_dropout = modality_dropout
+        self.stages, self.outputs, self.parts, self.recipe = stages, outputs, parts, dict(recipe)
+        self.checkpoints = False
+        for refiner, sites in zip(self.refiners, stages, strict=False):
+            refiner.names = tuple(sites)  # type: ignore[assignment]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute what lies between two stages in the backward pass instead of keeping it."""
+        self.checkpoints = enable
+
+    def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
+        """The logits of every task."""
+        vectors, kept, present = self.advance(inputs, present)
+        fused = self.dropout(self.readout([vector.to(self.dtype) for vector in vectors], kept, present))
+        return {task: head(fused) for task, head in self.heads.items()}
+
+    def features(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
+        """The pooled features `b c` of every branch, zeros for a modality that the whole batch lacks."""
+        return dict(zip(self.modalities, self.advance(inputs, present)[0], strict=True))
+
+    def advance(
+        self, inputs: Mapping[str, Tensor], present: Tensor | None
+    ) -> tuple[list[Tensor], dict[int, list[Tensor]], Tensor | None]:
+        """All branches from their inputs to their vectors, the refined features that the readout keeps, and who is present."""
+        check_inputs(inputs, self.modalities, present)
+        present = presence(inputs, self.modalities, present, self.modality_dropout if self.training else 0)
+        run = Advance(self, next(iter(inputs.values())), present)
+        for i, name in enumerate(self.modalities):
+            if name in inputs:
+                x = cleared(inputs[name], None if present is None else present[:, i])
+                run.states[name], _ = enter(self.branches[name], (x,), {})
+        for refiner, sites in zip(self.refiners, self.stages, strict=False):
+            run.stage(refiner, sites)
+        return [run.vector(name, site) for name, site in self.outputs.items()], run.kept, present
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the heads."""
+        return next(self.heads.parameters()).dtype
+
+    def run(self, name: str, k: int, state: tuple[Any, ...]) -> Any:
+        """Part k of a branch."""
+        branch = self.branches[name]
+        part = self.parts[name][branch.training][k]
+        if self.checkpoints and torch.is_grad_enabled():
+            return checkpoint(part.run, branch, *state, use_reentrant=False)
+        return part.run(branch, *state)
+
+    def extra_repr(self) -> str:
+        return "\n".join(
+            f"stage {k}: " + ", ".join(f"{name} {site.name}" for name, site in sites.items())
+            for k, sites in enumerate(self.stages)
+        )
+
+
+class Advance:
+    """One forward of the branches of a fused network, stage by stage."""
+
+    def __init__(self, net: Fused, sample: Tensor, present: Tensor | None) -> None:
+        self.net, self.sample, self.present = net, sample, present
+        self.states: dict[str, tuple[Any, ...]] = {}  # what the next part of a branch takes
+        self.done = dict.fromkeys(net.modalities, 0)  # how many of its parts a branch has run
+        self.unused: dict[str, Any] = dict.fromkeys(net.modalities, 0)  # zeros that hold the parameters of absent branches
+        self.kept: dict[int, list[Tensor]] = {}
+        self.number = 0
+
+    def stage(self, refiner: nn.Module, sites: Mapping[str, Site]) -> None:
+        """Run the branches that meet here up to this stage, and refine their features."""
+        outputs = {n: self.net.run(n, self.done[n], self.states[n]) for n in sites if n in self.states}
+        xs = [at_path(outputs[n][0], s.path) if n in outputs else self.stand_in(s) for n, s in sites.items()]
+        seen = None if self.present is None else self.present[:, [self.net.modalities.index(name) for name in sites]]
+        ys = refiner(xs, seen)
+        if self.number in self.net.readout.keeps:
+            self.kept[self.number] = ys
+        for (name, site), y in zip(sites.items(), ys, strict=True):
+            self.done[name] += 1
+            if name in outputs:
+                output, handed = outputs[name]
+                self.states[name] = (replace_tensor(output, site.path, lambda _, y=y: y), *handed)  # type: ignore[misc]
+            else:
+                self.unused[name] = self.unused[name] + 0 * y.sum()
+        self.number += 1
+
+    def stand_in(self, place: Place) -> Tensor:
+        """A feature of one position for a modality that the whole batch lacks."""
+        ones = [1] * (len(place.shape) - 1)
+        first = place.layout == "b c ..."
+        shape = (place.channels, *ones) if first else (*[place.num_prefix_tokens + n for n in ones], place.channels)
+        return self.sample.new_zeros(self.sample.shape[0], *shape, dtype=self.net.dtype)
+
+    def vector(self, name: str, site: Site) -> Tensor:
+        """The pooled output of a branch after its last part."""
+        if name in self.states:
+            whole = leave(self.net.branches[name], self.net.run(name, self.done[name], self.states[name]))
+            output = at_path(whole, site.path)
+            return output if output.ndim == 2 else positions(output, site.layout, site.num_prefix_tokens).mean(-1)
+        # DDP expects a gradient, if a zero one, for every parameter of a branch that did not run.
+        zero = self.unused[name] + sum((0 * p.sum() for p in self.net.branches[name].parameters() if p.requires_grad), 0)
+        return self.sample.new_zeros(self.sample.shape[0], site.channels, dtype=self.net.dtype) + zero

@@ -1,0 +1,50 @@
+"""Who is present: the inputs of a fused network, modalities that are missing, and modality dropout."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drifa_attn.checks import check_present
+
+
+def check_inputs(inputs: Any, names: Sequence[str], present: Tensor | None) -> None:
+    """Raise unless these are inputs of some of the modalities, of one batch size, and `present` fits them."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"Fused expected a dict of inputs by modality, got {type(inputs).__name__}.")
+    if not inputs or any(name not in names for name in inputs):
+        raise ValueError(f"Fused expected inputs of some of the modalities {list(names)}, got {list(inputs)}.")
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"Fused expected a tensor of modality {name!r}, got {type(x).__name__}: leave a modality that the whole batch "
+                "lacks out of the dict."
+            )
+    sizes = {name: x.shape[0] for name, x in inputs.items()}
+    batch, *others = sizes.values()
+    if any(size != batch for size in others):
+        raise ValueError(f"Fused expected one batch size for all modalities, got {sizes}: name absent samples in `present`.")
+    check_present("Fused", present, [next(iter(inputs.values()))] * len(names))
+
+
+def presence(inputs: Mapping[str, Tensor], names: Sequence[str], present: Tensor | None, dropped: float) -> Tensor | None:
+    """Who is present, `b m`, after a share of the present modalities is taken away; None if all are present.
+
+    A sample keeps at least one of the modalities that it has.
+    """
+    sample = next(iter(inputs.values()))
+    if len(inputs) < len(names) or (dropped and present is None):
+        given = torch.tensor([name in inputs for name in names], device=sample.device)
+        present = given.expand(sample.shape[0], -1) if present is None else present & given
+    if dropped and present is not None:
+        kept = present & (torch.rand(present.shape, device=present.device) >= dropped)
+        present = torch.where(kept.any(1, keepdim=True), kept, present)
+    return present
+
+
+def cleared(x: Tensor, has: Tensor | None) -> Tensor:
+    """The input with zeros for the samples that lack this modality, so that what they hold, even NaN, has no effect."""
+    if has is None or not x.is_floating_point():
+        return x
+    return torch.where(has.reshape(-1, *[1] * (x.ndim - 1)), x, 0)

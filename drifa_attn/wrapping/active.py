@@ -1,0 +1,140 @@
+"""What attention a network holds, however it got there, and the verbs for it: switch it off, train it, look at its gates."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drifa_attn.attention import Refines
+from drifa_attn.network.modes import eagerly, eval_mode
+
+from .inject import placed
+from .wrap import Network
+
+
+def attentions(model: nn.Module) -> dict[str, Any]:
+    """Every layer of a network that refines features, by its name there; a `ValueError` if there is none."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Refines)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} holds no attention: drifa_attn.wrap(model) puts it there, drifa_attn.fuse builds with it."
+        )
+    return found
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context all attention passes features on untouched; afterwards, also after an error, it is back.
+
+    A wrapped network is the original one then, and every branch of a fused network is its own backbone. What counts is each
+    layer's attribute `enabled`.
+
+    Raises: ValueError: the network holds no attention.
+    """
+    found = list(attentions(model).values())
+    before = [attention.enabled for attention in found]
+    for attention in found:
+        attention.enabled = False
+    try:
+        yield
+    finally:
+        for attention, enabled in zip(found, before, strict=True):
+            attention.enabled = enabled
+
+
+def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of all attention, for an optimizer: `torch.optim.AdamW(drifa_attn.attention_parameters(model))`.
+
+    The heads of a fused network are its classifier, not attention: `net.heads.parameters()`.
+
+    Raises: ValueError: the network holds no attention.
+    """
+    held = nn.ModuleList(attentions(model).values())  # each parameter once
+    return list(held.parameters())
+
+
+def classifier_names(model: nn.Module, classifier: bool | str | Sequence[str]) -> list[str]:
+    """The modules of a network's classifier: those that are named, or for True those that a timm network states."""
+    if classifier is False:
+        return []
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") if classifier is True else classifier
+    if not named:
+        raise ValueError(f"{type(model).__name__} does not state its classifier: name it, e.g. classifier='fc'.")
+    names = [named] if isinstance(named, str) else list(named)
+    known = {name for name, _ in model.named_modules()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{type(model).__name__} has no module {name!r} to take as its classifier.")
+    return names
+
+
+def freeze_backbone(model: Network, *, classifier: bool | str | Sequence[str] = True) -> Network:
+    """Let only the attention and the classifier take gradients; returns the network.
+
+    Batch norms go on collecting statistics in training mode, as everywhere in PyTorch.
+
+    Args:
+        model: a network that holds attention.
+        classifier: True for the one that a timm network states, or the heads of a fused one; the name of a module, or several;
+            or False to freeze it too.
+
+    Raises: ValueError: the network holds no attention, or has no such classifier.
+    """
+    trained = {id(parameter) for parameter in attention_parameters(model)}
+    for name in classifier_names(model, classifier):
+        trained |= {id(parameter) for parameter in model.get_submodule(name).parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return model
+
+
+def labels(model: nn.Module) -> dict[str, Any]:
+    """Every layer that refines features, by the name users know: of its site where `wrap` put it, else its own."""
+    sites = {id(inner): site.name for site, attention in placed(model) for inner in attention.modules()}
+    return {sites.get(id(attention), name): attention for name, attention in attentions(model).items()}
+
+
+def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The gate of every attention for these inputs, `{name: b c}`, each in (0, 1), float32 at least.
+
+    The name is that of the site, "layer1", or of the layer where attention is part of the network's own code. A layer that
+    refines several modalities gives one gate for each, "refiners.0.smear" in a fused network; a modality that the whole batch
+    lacks has none. One forward pass runs in eval mode without gradients, uncompiled, also where attention is disabled; the
+    network's own state comes back afterwards.
+
+    Args: what the network itself takes, `gates(model, x)`, `gates(net, inputs, present)`.
+    Raises: ValueError: the network holds no attention.
+    """
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, attention in labels(model).items():
+            enabled = attention.enabled
+            attention.enabled = True
+            stack.callback(setattr, attention, "enabled", enabled)
+            handle = attention.register_forward_pre_hook(partial(keep, found, name), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(eagerly())
+        stack.enter_context(torch.no_grad())
+        model(*args, **kwargs)
+    return found
+
+
+def keep(found: dict[str, Tensor], name: str, attention: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """A pre-hook of an attention that keeps its gates."""
+    gate = attention.gates(*args, **kwargs)
+    if isinstance(gate, Tensor):
+        found[name] = gate
+        return
+    present = kwargs.get("present", args[1] if len(args) > 1 else None)
+    for i, (modality, one) in enumerate(zip(modalities(attention, gate), gate, strict=True)):
+        if present is None or present[:, i].any():
+            found[f"{name}.{modality}"] = one
+
+
+def modalities(attention: Any, gate: Sequence[Tensor]) -> Sequence[Any]:
+    """The names of the modalities that a layer refines; their numbers where it has no names for them."""
+    return getattr(attention, "names", None) or range(len(gate))
