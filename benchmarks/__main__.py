@@ -42,7 +42,7 @@ def flags() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="The selection behind README.md: CSVs, plots and tables, in ten minutes.")
     bench.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     bench.add_argument("--limit", type=float, default=540, help="seconds after which no further row is begun (default 540)")
-    commands.add_parser("report", help="Plots and tables anew from the CSVs that are there; measures nothing.")
+    commands.add_parser("report", help="Draws plots and writes tables from the CSVs again; measures nothing.")
     return parser
 
 

@@ -3,8 +3,10 @@
 import argparse
 import gc
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -86,24 +88,24 @@ def text(shape: Sequence[int], modalities: int = 1) -> str:
 
 
 def switched(choice: str, run: Callable[..., Any], *args: Any) -> Any:
-    """A call with the library's switch at "0" (the plain equations), "1" (fused or lean ops) or "auto" (what it chooses)."""
-    with dispatch.fused(choice):
+    """A call with the library's backend at "reference" (the plain equations), "fused" or "auto" (what it chooses)."""
+    with dispatch.use(choice):
         return run(*args)
 
 
 def eager(module: nn.Module) -> Callable[..., Any]:
     """The equations as `drifa_attn.functional` writes them."""
-    return partial(switched, "0", module)
+    return partial(switched, "reference", module)
 
 
 def compiled(module: nn.Module) -> Callable[..., Any]:
     """The same equations through `torch.compile`."""
-    return partial(switched, "0", torch.compile(module, fullgraph=True, dynamic=False))
+    return partial(switched, "reference", torch.compile(module, fullgraph=True, dynamic=False))
 
 
 def fused(module: nn.Module) -> Callable[..., Any]:
-    """The fused (GPU) or lean (CPU) ops of `drifa_attn.ops`, everywhere."""
-    return partial(switched, "1", module)
+    """The fused operators of `drifa_attn.ops` everywhere: Triton's on a GPU, chunked ones on a CPU."""
+    return partial(switched, "fused", module)
 
 
 def auto(module: nn.Module) -> Callable[..., Any]:
@@ -189,7 +191,7 @@ class Reference:
         """FLOPs and bytes of the equations."""
         key = (case.op, case.shape, mode)
         if key not in self.costs:
-            self.costs[key] = switched("0", measure.cost, setup.exact or setup.module, setup.args, mode)
+            self.costs[key] = switched("reference", measure.cost, setup.exact or setup.module, setup.args, mode)
         return self.costs[key]
 
     def get(self, case: Case, setup: Setup, gradients: bool) -> tuple[list[Tensor], list[Tensor], list[float]]:
@@ -274,6 +276,9 @@ def measured(suite: str, group: Sequence[Case], mode: str, options: Options, ref
     ready: list[Prepared] = []
     for case in group:
         row = blank(suite, case, mode, options)
+        if case.provider == "compile" and not IS_CHILD:
+            yield apart(suite, case, mode, options)
+            continue
         if time.monotonic() > options.deadline:
             yield replace(row, error="not measured: the time limit was reached")
             continue
@@ -290,6 +295,31 @@ def measured(suite: str, group: Sequence[Case], mode: str, options: Options, ref
         return
     for prepared, (p50, p20, p80) in zip(ready, found, strict=True):
         yield replace(prepared.row, p50=p50, p20=p20, p80=p80)
+
+
+IS_CHILD = False  # whether this process exists for one row
+
+
+def apart(suite: str, case: Case, mode: str, options: Options) -> Row:
+    """The row of a compiled case, measured in a process of its own.
+
+    A process may use again what it compiled before: a plain network that was compiled first has stood for a wrapped one.
+    """
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(alone, suite, case, mode, options, torch.get_num_threads()).result()
+    except Exception as failure:
+        return replace(blank(suite, case, mode, options), error=summary(failure), process="own")
+
+
+def alone(suite: str, case: Case, mode: str, options: Options, threads: int) -> Row:
+    """In a new process: the row of one case."""
+    global IS_CHILD
+    IS_CHILD = True
+    torch.set_num_threads(threads)
+    with repeatable(mode):
+        (row,) = measured(suite, [case], mode, options, Reference())
+    return replace(row, process="own")
 
 
 def blank(suite: str, case: Case, mode: str, options: Options) -> Row:

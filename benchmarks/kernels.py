@@ -1,7 +1,7 @@
-"""Compile every launch configuration of the Triton kernels ahead of time, without a GPU, and read the machine code.
+"""Compiles every launch configuration of the Triton kernels ahead of time, without a GPU, and reads the machine code.
 
-`python -m benchmarks.kernels` prints a table and writes it to `benchmarks/kernels.md`. The launches are the ops' own: they run
-on meta tensors, and what they would have launched is compiled for each compute capability instead.
+`python -m benchmarks.kernels` prints a table and writes it to `benchmarks/kernels.md`. The launches are those of the operators:
+they run on meta tensors, and every kernel that they would launch is compiled for each compute capability instead.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from unittest.mock import patch
 
 import torch
 
-MODULES = ["triton_common", "triton_products", "triton_mfa", "triton_mfa_back", "triton_mifa", "triton_gate"]
+PACKAGE = "drifa_attn.ops.triton"
+MODULES = ["common", "products", "mfa", "mfa_backward", "mifa", "gate"]
 CAPABILITIES = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may use
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.bool: "i1"}
@@ -31,7 +32,7 @@ FORWARD = ("chain_kernel", "layer_kernel", "pools_kernel", "gate_kernel", "finis
 
 
 class Launch(NamedTuple):
-    """One kernel as an op would launch it: all its compiler sees, in types that travel between processes."""
+    """One kernel as an operator would launch it: all that the compiler sees, in types that can be pickled."""
 
     module: str
     kernel: str
@@ -83,8 +84,8 @@ def recorded(op: Any, label: str, capability: int) -> list[Launch]:
 
     with ExitStack() as patches:
         for module in MODULES:
-            patches.enter_context(patch(f"drifa_attn.ops.{module}.launch", record))
-        patches.enter_context(patch("drifa_attn.ops.launch.capability", lambda x: capability))
+            patches.enter_context(patch(f"{PACKAGE}.{module}.launch", record))
+        patches.enter_context(patch(f"{PACKAGE}.configs.capability", lambda x: capability))
         op()
     return launches
 
@@ -104,7 +105,7 @@ def weights(d: int, c: int) -> tuple[Any, ...]:
 
 def mfa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
     """MFA's statistics and their gradient."""
-    ops = importlib.import_module("drifa_attn.ops.triton_mfa")
+    ops = importlib.import_module(PACKAGE)
     x, given = features(c, n, layout, dtype), weights(d, c)
     stats, where = ops.mfa_forward(x, *given)
     ops.mfa_backward(stats, x, *given, stats, where)
@@ -112,7 +113,7 @@ def mfa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
 
 def mifa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
     """MIFA's statistics of a modality some samples lack, and their gradient."""
-    ops = importlib.import_module("drifa_attn.ops.triton_mifa")
+    ops = importlib.import_module(PACKAGE)
     x, ([weight, *_], [bias, *_], *squeeze) = features(c, n, layout, dtype), weights(d, c)
     present = torch.empty(x.shape[0], dtype=torch.bool, device="meta")
     stats, where = ops.mifa_forward(x, weight, bias, *squeeze, present)
@@ -121,10 +122,11 @@ def mifa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
 
 def gate(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
     """The gate and its gradients."""
-    ops = importlib.import_module("drifa_attn.ops.triton_gate")
+    ops = importlib.import_module(PACKAGE)
     x = features(c, n, layout, dtype)
-    ops.gate_forward(x, torch.empty(x.shape[:2], device="meta"))
-    ops.gate_backward(x, x, torch.empty(x.shape[:2], device="meta"))
+    factor = torch.empty(x.shape[:2], device="meta")
+    ops.gate_forward(x, factor, "b c ...", 0)
+    ops.gate_backward(x, x, factor, "b c ...", 0)
 
 
 WIDTHS = ((16, 16), (32, 32), (64, 64), (128, 128), (512, 512), (256, 32), (256, 64), (2048, 128))
@@ -167,7 +169,7 @@ def compiled(launch: Launch) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"drifa_attn.ops.{launch.module}"), launch.kernel)
+    kernel = getattr(importlib.import_module(f"{PACKAGE}.{launch.module}"), launch.kernel)
     constants = {(place,): value for place, value in launch.constants}
     attributes = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
     source = ASTSource(kernel, dict(launch.signature), constants, attributes)

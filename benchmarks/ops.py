@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from drifa_attn import functional
 from drifa_attn import ops as library
-from drifa_attn.attention.mfa import glorot_, pair
+from drifa_attn.attention.mfa import pair
+from drifa_attn.attention.start import glorot_
 from drifa_attn.functional import Linear, pool_max, pool_mean, pool_min
 from drifa_attn.layout import scale
 

@@ -10,7 +10,13 @@ from .rows import Row, slug
 from .scaling import AXES, along
 
 COLOURS = {"eager": "#7f8c9b", "compile": "#e08214", "fused": "#2166ac", "auto": "#b2182b", "peers": "#4d9221"}
-LABELS = {"eager": "eager", "compile": "torch.compile", "fused": "fused or lean", "auto": "drifa_attn (auto)", "peers": "timm"}
+LABELS = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "fused": "fused or chunked",
+    "auto": "drifa_attn (auto)",
+    "peers": "timm",
+}
 MODES = {"forward": "forward", "full": "forward and backward"}
 
 

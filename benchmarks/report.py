@@ -173,10 +173,15 @@ def stored(folder: Path) -> list[Row]:
     return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
 
 
+def counted(folder: Path) -> list[Row]:
+    """The rows of a folder that tables, plots and targets use."""
+    return [row for row in stored(folder) if not row.is_void]
+
+
 def report() -> None:
     """Draw the plots and write the tables."""
     folder = RESULTS / drifa_attn.__version__
-    rows = stored(folder)
+    rows = counted(folder)
     for path in draw(rows, folder):
         print(path)
     README.write_text(filled(README.read_text(), Found(rows)))

@@ -30,6 +30,7 @@ class Row:
         peak, kept: MiB allocated at most above what was live before the call; left behind by forward for backward.
         params, flops, bytes: of the module; of its equations in this mode; what has to move at least.
         error: why there are no numbers.
+        process: "own" where the row was measured in a process of its own, as compiled rows are.
         device, torch, triton, timm, threads, commit, utc: where, with what and when.
     """
 
@@ -49,6 +50,7 @@ class Row:
     flops: int | None = None
     bytes: int | None = None
     error: str = ""
+    process: str = ""
     device: str = ""
     torch: str = ""
     triton: str = ""
@@ -63,12 +65,18 @@ class Row:
         return not self.device.startswith("CPU")
 
     @property
+    def is_void(self) -> bool:
+        """Whether the row says nothing: a compiled one that shared its process with other compiled ones."""
+        return self.provider == "compile" and not self.process
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """The sizes of one input."""
         return tuple(int(size) for size in self.shape.rpartition("*")[2].split("x"))
 
 
 NAMES = tuple(field.name for field in fields(Row))
+BEFORE = tuple(name for name in NAMES if name != "process")  # of the files of 0.1.0
 NUMBERS = {"p50": float, "p20": float, "p80": float, "peak": float, "kept": float, "params": int, "flops": int, "bytes": int}
 
 
@@ -89,7 +97,7 @@ def read(path: Path) -> list[Row]:
     """The rows of a CSV file; a `ValueError` if it is none of ours."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != NAMES:
+        if tuple(reader.fieldnames or ()) not in (NAMES, BEFORE):
             raise ValueError(f"{path} has the columns {reader.fieldnames}, not {list(NAMES)}.")
         return [parsed(line) for line in reader]
 

@@ -52,7 +52,7 @@ def on_gpu(start: Options) -> Iterator[tuple[str, Options]]:
 
 
 def bench(device: torch.device, suites: Mapping[str, ModuleType], deadline: float) -> Path:
-    """Run the selection of a device; its CSVs of this version are written anew. Returns their folder."""
+    """Run the selection of a device; its CSVs of this version are overwritten. Returns their folder."""
     folder = RESULTS / drifa_attn.__version__
     name = slug(device_name(device))
     for old in folder.glob(f"{name}-*.csv"):

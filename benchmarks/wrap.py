@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import drifa_attn
 from drifa_attn.layout import Layout
-from drifa_attn.wrapping.inject import hooks
+from drifa_attn.wrapping.inject import placed
 
 from .common import DTYPES, Case, Options, Setup, text
 from .layers import peer
@@ -41,9 +41,9 @@ class OnLayout(nn.Module):
     Tokens are laid out as the square they were cut from.
     """
 
-    def __init__(self, attention: nn.Module, layout: Layout, prefix: int) -> None:
+    def __init__(self, attention: nn.Module, layout: Layout, num_prefix_tokens: int) -> None:
         super().__init__()
-        self.attention, self.layout, self.prefix = attention, layout, prefix
+        self.attention, self.layout, self.num_prefix_tokens = attention, layout, num_prefix_tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """The features, refined."""
@@ -53,7 +53,7 @@ class OnLayout(nn.Module):
             return rearrange(self.attention(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
         if self.layout == "b c ...":
             raise ValueError(f"takes features b c h w, got {tuple(x.shape)} in the layout b c ...")
-        first, tokens = x[:, : self.prefix], x[:, self.prefix :]
+        first, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         side = math.isqrt(tokens.shape[1])
         if side**2 != tokens.shape[1]:
             raise ValueError(f"takes maps, and {tokens.shape[1]} tokens are no square")
@@ -62,12 +62,11 @@ class OnLayout(nn.Module):
 
 
 def put_peer(model: nn.Module, name: str) -> nn.Module:
-    """The network with another attention where `wrap` put ours, by the same hooks."""
+    """The network with another attention in the place of ours: what replaces the child is used."""
     owners = {id(child): (module, key) for module in model.modules() for key, child in module.named_children()}
-    for hook in hooks(model):
-        site, (owner, key) = hook.site, owners[id(hook.attention)]
-        hook.attention = OnLayout(peer(name, site.channels), site.layout, site.prefix)
-        setattr(owner, key, hook.attention)
+    for site, attention in list(placed(model)):
+        owner, key = owners[id(attention)]
+        setattr(owner, key, OnLayout(peer(name, site.channels), site.layout, site.num_prefix_tokens))
     return model
 
 
@@ -79,9 +78,9 @@ def network(name: str, way: str) -> nn.Module:
     drifa_attn.wrap(model, **WAYS.get(way, {}))
     if way in PEERS:
         return put_peer(model, way)
-    for hook in hooks(model):
-        if hook.attention.strength is not None:
-            nn.init.constant_(hook.attention.strength, 0.5)
+    for _, attention in placed(model):
+        if attention.strength is not None:
+            nn.init.constant_(attention.strength, 0.5)
     return model
 
 

@@ -49,7 +49,7 @@ def test_readme_is_what_the_committed_rows_give():
     readme = report.README.read_text()
     assert all(f"<!-- table: {name} -->" in readme for name in report.TABLES)
     if COMMITTED:
-        assert report.filled(readme, Found(report.stored(RESULTS / drifa_attn.__version__))) == readme
+        assert report.filled(readme, Found(report.counted(RESULTS / drifa_attn.__version__))) == readme
 
 
 def test_rows_come_back_from_a_file_as_they_were(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import common, layers, net, ops, scaling, wrap
-from benchmarks.common import Case, Options, Setup
+from benchmarks.common import Case, Options, Reference, Setup, measured
 from benchmarks.rows import read
 
 TINY = Options(seconds=0.001)
@@ -151,6 +151,7 @@ def test_a_wrong_gradient_is_never_timed():
 
 
 def test_a_compiler_that_is_missing_is_a_row(monkeypatch):
+    monkeypatch.setattr(common, "IS_CHILD", True)  # so that this process compiles, where the compiler can be taken away
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
     options = {"shapes": ((2, 8, 3, 3),), "ops": ("MFA",), "providers": ("compile", "eager"), "modes": ("forward",)}
@@ -165,3 +166,15 @@ def test_what_the_time_limit_cuts_off_is_a_row():
     rows = rows_of(layers, shapes=((2, 8, 3, 3),), ops=("MFA",), deadline=0.0)
     assert rows
     assert {row.error for row in rows} == {"not measured: the time limit was reached"}
+
+
+def test_a_compiled_row_comes_from_a_process_of_its_own(monkeypatch):
+    """Nothing is compiled here; a plain network and a wrapped one do not give the same row."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled in this process"))
+    options = Options(providers=("compile",), modes=("forward",), seconds=0.01)
+    case = Case("MFA", "compile", "1x8x4x4", partial(layers.setup, "MFA", (1, 8, 4, 4), options))
+    (row,) = measured("layers", [case], "forward", options, Reference())
+    assert (row.process, row.error) == ("own", "")
+    assert row.p50 > 0
+    assert not row.is_void
+    assert replace(row, process="").is_void
