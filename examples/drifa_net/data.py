@@ -1,4 +1,4 @@
-"""Collections of images as DRIFA-Net takes them: split, cleaned, augmented, one image a branch; `sources.py` reads them.
+"""Collections of images as DRIFA-Net takes them: split, cleaned, augmented, one image a branch; `sources/` reads them.
 
 `load` reads one collection a branch and makes one task of each, or, given none, scikit-learn's digits: two views, two tasks.
 
@@ -7,37 +7,29 @@ validation, stratified by class, with no lesion or slide in two of them. What sh
 rounding, is dropped from validation and test, and so is what shows the same as another image there. Augmentation is for
 training alone.
 
-Collections have no patients in common, but the network wants an image for each branch: they are paired by chance, anew in
+Collections have no patients in common, but the network wants an image for each branch: they are paired by chance, again in
 every epoch. In validation and test each image is counted once, for its own task. Where a collection runs out before the other,
 images of it are drawn again as partners, from the same split, and their labels are not counted again. So no metric sees an
 image twice, and none says anything of what one modality tells about a patient of the other.
 """
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
+from examples.drifa_net.augmentation import Augmentation, augment_in, shift
 from examples.drifa_net.sources import Collection, halves, read
+from examples.drifa_net.splits import SPLITS, check_classes, divide, drop_duplicates
 
-SPLITS = ("train", "validation", "test")
-TEST_FOLDS, VALIDATION_FOLDS = 5, 8  # one of five for testing, one of eight of the rest for validation
 SIZE, DIGITS_SIZE = 128, 32
-THUMBNAIL, SAME = 32, 2  # images whose grey thumbnails differ nowhere by more than SAME of 255 show the same
-SHIFT = 0.1  # of height and width, at most
 IGNORE = -100  # the target of an image whose label is counted elsewhere; what `cross_entropy` and `TaskLoss` leave out
-
-Augmentation = Callable[[Tensor, Generator], Tensor]
 
 
 class Images(Dataset[Tensor]):
@@ -234,93 +226,6 @@ def digits(size: int, seed: int, augmentation: bool, cache: bool) -> Data:
     return Data(("left", "right"), {"digit": left.classes, "parity": ("even", "odd")}, **pairs, report=report)
 
 
-def divide(collection: Collection, seed: int) -> np.ndarray:
-    """The split of each image: 0 train, 1 validation, 2 test; the publisher's stays, and gets a validation if it has none."""
-    for number, label in enumerate(collection.classes):
-        places = np.flatnonzero(collection.labels == number)
-        if len(places) < len(SPLITS):
-            raise ValueError(
-                f"{collection.name}: class {label!r} of {collection.source} has but {len(places)} of at least {len(SPLITS)} "
-                f"images ({', '.join(map(collection.where, places)) or 'none'}): add some, or take the class out."
-            )
-    split = np.zeros(len(collection), np.int64) if collection.split is None else collection.split.astype(np.int64)
-    if collection.split is not None and not {0, 2} <= set(split.tolist()):
-        raise ValueError(f"{collection.name}: the split of {collection.source} needs images of 0 (train) and 2 (test).")
-    if collection.split is None:
-        draw(collection, split, 2, TEST_FOLDS, seed)
-    if not (split == 1).any():
-        draw(collection, split, 1, VALIDATION_FOLDS, seed)
-    return split
-
-
-def draw(collection: Collection, split: np.ndarray, part: int, folds: int, seed: int) -> None:
-    """Move one of so many stratified folds of the training images to a part: the first with all classes on both sides."""
-    training = np.flatnonzero(split == 0)
-    labels = collection.labels[training]
-    groups = None if collection.groups is None else collection.groups[training]
-    everything, grouped = len(collection.classes), groups is not None
-    kind = StratifiedGroupKFold if grouped else StratifiedKFold
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classes smaller than the number of folds: the loop below looks at them
-            for kept, moved in kind(folds, shuffle=True, random_state=seed).split(training, labels, groups):
-                if len(np.unique(labels[kept])) == everything == len(np.unique(labels[moved])):
-                    split[training[moved]] = part
-                    return
-            reason = "no fold has all classes on both sides"
-    except ValueError as error:  # scikit-learn's, of fewer images than folds
-        reason = str(error)
-    count, fewest = min(zip(np.bincount(labels, minlength=everything), collection.classes, strict=True))
-    raise ValueError(
-        f"{collection.name}: {collection.source} cannot give one of {folds} parts to {SPLITS[part]} ({reason}); its smallest "
-        f"class here, {fewest!r}, has {count} images: add some{' of other groups' if grouped else ''}, or take the class out."
-    )
-
-
-def drop_duplicates(collection: Collection, split: np.ndarray) -> dict[str, int]:
-    """Mark as −1 what shows the same as an image of an earlier split, or earlier in its own; their numbers. It decodes all."""
-    thumbnails = np.stack([thumbnail(collection, i) for i in range(len(collection))])
-    dropped = {}
-    for part in (1, 2):
-        before, images = np.flatnonzero((split >= 0) & (split < part)), np.flatnonzero(split == part)
-        known = same_as(thumbnails[images], thumbnails[before])
-        known |= same_as(thumbnails[images], thumbnails[images], earlier=True)
-        split[images[known]] = -1
-        dropped[SPLITS[part]] = int(known.sum())
-    return dropped
-
-
-def thumbnail(collection: Collection, i: int) -> np.ndarray:
-    """Image i in small and grey, as a vector."""
-    image = collection.open(i, "L", at_least=2 * THUMBNAIL)
-    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel() - 127.5
-
-
-def same_as(ours: np.ndarray, others: np.ndarray, *, earlier: bool = False) -> np.ndarray:
-    """Which of our thumbnails differ nowhere by more than SAME from one of the others (or from an earlier one of ours)."""
-    found = np.zeros(len(ours), bool)
-    limit = ours.shape[1] * SAME**2 + 1e3  # of the squared distance that a product of matrices gives, with its rounding
-    norms = (others**2).sum(1)
-    for start in range(0, len(ours), 256):
-        rows = ours[start : start + 256]
-        distance = (rows**2).sum(1)[:, None] + norms - 2 * rows @ others.T
-        for row, other in np.argwhere(distance <= limit):
-            if not earlier or other < start + row:
-                found[start + row] |= np.abs(rows[row] - others[other]).max() <= SAME
-    return found
-
-
-def check_classes(collection: Collection, split: np.ndarray) -> None:
-    """Raise a `ValueError` unless each split has images of each class."""
-    for part, key in enumerate(SPLITS):
-        absent = set(range(len(collection.classes))) - set(collection.labels[split == part].tolist())
-        if absent:
-            raise ValueError(
-                f"{collection.name}: the {key} split of {collection.source} has no image of class "
-                f"{collection.classes[min(absent)]!r} once duplicates are dropped: add images, or take the class out."
-            )
-
-
 def describe(collection: Collection, split: np.ndarray, shape: tuple[int, int], dropped: dict[str, int]) -> dict[str, Any]:
     """What a run's JSON says of a branch."""
     counts = {
@@ -342,24 +247,3 @@ def describe(collection: Collection, split: np.ndarray, shape: tuple[int, int], 
         if leaks := sum(parts > 1 for parts in Counter(group for group, _ in homes).values()):
             notes.append(f"the publisher's split has {leaks} groups in more than one part")
     return {"source": source, "size": list(shape), "split": kept, "images": counts, "duplicates": dropped, "notes": notes}
-
-
-def augment_in(key: str, wanted: bool) -> Augmentation | None:
-    """The augmentation of a split of pictures that have no up and no left."""
-    return augment if wanted and key == "train" else None
-
-
-def augment(image: Tensor, generator: Generator) -> Tensor:
-    """Flip `c h w` or not, turn it by a multiple of 90 degrees (of 180 where it is no square) and shift it."""
-    flip, turns = (int(torch.randint(n, (), generator=generator)) for n in (2, 4))
-    square = image.shape[-2] == image.shape[-1]
-    image = torch.rot90(image.flip(-1) if flip else image, turns if square else 2 * turns, (-2, -1))
-    return shift(image, generator)
-
-
-def shift(image: Tensor, generator: Generator) -> Tensor:
-    """Move `c h w` by up to a tenth of its size each way, its edge repeated behind it."""
-    margins = [int(SHIFT * n) for n in image.shape[-2:]]
-    top, left = (int(torch.randint(2 * margin + 1, (), generator=generator)) for margin in margins)
-    padded = F.pad(image, (margins[1], margins[1], margins[0], margins[0]), mode="replicate")
-    return padded[:, top : top + image.shape[1], left : left + image.shape[2]].contiguous()

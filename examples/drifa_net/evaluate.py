@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from drifa_attn.uncertainty.estimate import Uncertainty, ensemble, mc_dropout
+from drifa_attn import Uncertainty, ensemble, mc_dropout
 from examples.drifa_net.data import IGNORE, Data, load
 from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
 from examples.drifa_net.networks import named, restored

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 import drifa_attn
 from drifa_attn import functional
 from examples.drifa_net.data import IGNORE, Data, load
-from examples.drifa_net.networks import Concat, Inputs, Labels, Named, attentions, named, restored, ungated
+from examples.drifa_net.networks import Concat, Inputs, Labels, Named, attentions, named, restored
 
 ENOUGH = 16  # positions that a Grad-CAM should have at least
 BINS = 60
@@ -76,7 +76,9 @@ def stage_of(net: nn.Module, branch: str, image: Tensor) -> tuple[nn.Module, Cal
     else:
         sites = [stage[branch] for stage in net.stages if branch in stage]
     site = next((site for site in reversed(sites) if site.positions >= ENOUGH), max(sites, key=lambda one: one.positions))
-    return backbone.get_submodule(site.module), lambda x: as_map(x, site.layout, site.prefix, image.shape[-2] / image.shape[-1])
+    return backbone.get_submodule(site.module), lambda x: as_map(
+        x, site.layout, site.num_prefix_tokens, image.shape[-2] / image.shape[-1]
+    )
 
 
 def as_map(x: Tensor, layout: str, prefix: int, aspect: float) -> Tensor:
@@ -119,7 +121,7 @@ def draw_gradcam(net: nn.Module, data: Data, path: Path) -> None:
         inputs, classes = chosen(net, data, task)
         maps = []
         for row in rows[1:]:
-            with ungated(net) if row == "gates off" else nullcontext():
+            with drifa_attn.disabled(net) if row == "gates off" else nullcontext():
                 maps.append(heat(net, inputs, branch, task, classes))
         panels = part.subplots(len(rows), len(classes), squeeze=False)
         for k, image in enumerate(inputs[branch]):
@@ -169,7 +171,7 @@ def draw_features(net: nn.Module, data: Data, path: Path) -> None:
     panels = figure.subplots(len(data.tasks), len(ways), squeeze=False)
     colours = matplotlib.colormaps["tab10"].colors
     for column, way in enumerate(ways):
-        with ungated(net) if "off" in way else nullcontext():
+        with drifa_attn.disabled(net) if "off" in way else nullcontext():
             found = features(net, data)
         for axes, (task, (x, y)) in zip(panels[:, column], found.items(), strict=True):
             x = ((x - x.mean(0)) / x.std(0).clamp(min=1e-6)).numpy()
@@ -192,7 +194,7 @@ def gates(net: nn.Module, data: Data) -> dict[str, tuple[Tensor, Tensor]]:
 
     def keep(part: nn.Module, args: tuple[Any, ...], name: str) -> None:
         one = isinstance(part, drifa_attn.MFA)
-        several = [part.attention(*args)] if one else part.attention(*args)
+        several = [part.gates(*args)] if one else part.gates(*args)
         alphas, strengths = ([part.alpha], [part.strength]) if one else (part.alphas, part.strengths or [None] * len(several))
         shared = not one and part.expands is None  # then all modalities have one gate
         for i, a in enumerate(several[:1] if shared else several):

@@ -3,6 +3,7 @@
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drifa_attn import MFA, MIFA, RRA
-from drifa_attn.attention.mfa import glorot_
-from drifa_attn.attention.rra import Padding, pad_same
-from drifa_attn.checks import Init, check_count, check_modalities, check_present, per_modality
-from drifa_attn.layout import check_features
+from examples.drifa_net.checks import check_count, check_heads, check_images, check_present, per_branch
 
-# One row a stage: channels (in widths), stride, dropout after the block, an MFA after it.
+Padding = Literal["symmetric", "same"]
+Init = Literal["paper", "identity"]
+
+# One row per stage: channels (in widths), stride, dropout after the block, an MFA after it.
 STAGES = (
     (1, 1, True, True),
     (1, 1, True, True),
@@ -26,6 +27,20 @@ STAGES = (
     (8, 2, False, True),
     (8, 1, False, False),
 )
+
+
+def glorot_(module: nn.Module) -> None:
+    """The paper's first weights: Glorot-uniform, with zero biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Pad so that a convolution gives `ceil(size / stride)`, the odd row and column at the end (TensorFlow's "same")."""
+    total = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
+    (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+    return F.pad(x, (left, right, top, bottom))
 
 
 class Stem(nn.Module):
@@ -51,8 +66,22 @@ class Stem(nn.Module):
         return F.max_pool2d(pad_same(x, 3, 2), 3, 2)  # after a ReLU, a padded zero is never the only maximum
 
 
+def stage(
+    before: int, channels: int, row: Sequence[Any], *, padding: Padding, dropout: float, reduction: int | None, init: Init
+) -> nn.Module:
+    """One stage of a branch, by its row in `STAGES`: RRA, dropout, MFA."""
+    _, stride, drops, attends = row
+    parts = OrderedDict[str, nn.Module]()
+    parts["rra"] = RRA(before, channels, stride, padding=padding, reduction=reduction, init=init)
+    if drops:
+        parts["dropout"] = nn.Dropout(dropout)
+    if attends:
+        parts["mfa"] = MFA(channels, reduction=reduction, init=init)
+    return nn.Sequential(parts)
+
+
 class DrifaNet(nn.Module):
-    """The two-branch, two-task network of Fig. 1A, for any number of branches and tasks: one image each, logits of each task.
+    """The two-branch, two-task network of Fig. 1A, for any number of branches and tasks.
 
         x_i = stem_i(image_i)
         8 times:  x_1..x_m = MIFA(stage_i(x_i)),  stage = RRA → dropout → MFA
@@ -92,36 +121,24 @@ class DrifaNet(nn.Module):
         init: Init = "paper",
     ) -> None:
         super().__init__()
-        check_count("DrifaNet", "branches", branches)
-        check_count("DrifaNet", "width", width)
-        self.in_channels = per_modality("DrifaNet", "in_channels", in_channels, branches)
-        if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
-            raise ValueError(f"DrifaNet expected heads to list the classes of each task, e.g. (5, 7), got {heads!r}.")
-        for name, values in (("in_channels", self.in_channels), ("heads", heads)):
-            for value in values:
-                check_count("DrifaNet", name, value)
+        check_count("branches", branches)
+        check_count("width", width)
+        self.in_channels = per_branch("in_channels", in_channels, branches)
+        check_heads(heads)
         if not 0 <= dropout <= 1:
             raise ValueError(f"DrifaNet expected dropout in [0, 1], got {dropout!r}.")
         if padding not in ("symmetric", "same"):
             raise ValueError(f'DrifaNet expected padding "symmetric" or "same", got {padding!r}.')
         self.padding = padding
-
-        def stage(before: int, channels: int, stride: int, drops: bool, attends: bool) -> nn.Module:
-            parts = OrderedDict[str, nn.Module]()
-            parts["rra"] = RRA(before, channels, stride, padding=padding, reduction=reduction, init=init)
-            if drops:
-                parts["dropout"] = nn.Dropout(dropout)
-            if attends:
-                parts["mfa"] = MFA(channels, reduction=reduction, init=init)
-            return nn.Sequential(parts)
-
+        attention: dict[str, Any] = {"reduction": reduction, "init": init}
         channels = [width, *(width * row[0] for row in STAGES)]
         self.branches = nn.ModuleList()
         for c in self.in_channels:
-            stages = (stage(channels[s], channels[s + 1], *row[1:]) for s, row in enumerate(STAGES))
-            stem = Stem(c, width, padding=padding, reduction=reduction, init=init)
+            steps = zip(channels, channels[1:], STAGES, strict=False)
+            stages = [stage(*pair, row, padding=padding, dropout=dropout, **attention) for *pair, row in steps]
+            stem = Stem(c, width, padding=padding, **attention)
             self.branches.append(nn.ModuleDict({"stem": stem, "stages": nn.ModuleList(stages)}))
-        self.mifas = nn.ModuleList(MIFA(c, branches, reduction=reduction, init=init) for c in channels[1:])
+        self.mifas = nn.ModuleList(MIFA(c, branches, **attention) for c in channels[1:])
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleList(nn.Linear(branches * channels[-1], classes) for classes in heads)
         self.heads.apply(glorot_)
@@ -145,12 +162,8 @@ class DrifaNet(nn.Module):
 
     def checked(self, images: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
         """The images, zeros where they are absent, or an error."""
-        check_modalities("DrifaNet", images, len(self.branches))
-        for x, c in zip(images, self.in_channels, strict=True):
-            check_features("DrifaNet", x, c, "b c ...")
-            if x.ndim != 4:
-                raise ValueError(f'DrifaNet expected images "b c h w" with c={c}, got {tuple(x.shape)}.')
-        check_present("DrifaNet", present, images)
+        check_images(images, self.in_channels)
+        check_present(present, images)
         if present is None:
             return list(images)
         return [torch.where(present[:, i, None, None, None], x, 0) for i, x in enumerate(images)]

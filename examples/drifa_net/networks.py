@@ -1,8 +1,7 @@
 """The three networks that are compared, called alike: images by branch in, logits by task out."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class Named(nn.Module):
 
 
 class Concat(nn.Module):
-    """The baseline without attention: every backbone to its end, the features side by side, one linear head a task.
+    """The baseline without attention: every backbone to its end, the features side by side, one linear head per task.
 
         f_i = backbone_i(x_i)        logits = lin(head, dropout([f_1 ; … ; f_m]))
 
@@ -77,7 +76,7 @@ def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
         configuration: its "model", with "width" and "reduction" of a DRIFA-Net, or "backbones" and "pretrained" of the others.
         data: whose branches and tasks it gets.
 
-    Raises: ValueError: backbones that timm does not have, that are not one or one a branch, or that cannot be fused.
+    Raises: ValueError: backbones that timm does not have, that are neither one nor one per branch, or that cannot be fused.
     """
     images, _ = data.test[0]
     shapes = {branch: tuple(image.shape) for branch, image in zip(data.branches, images, strict=True)}
@@ -135,17 +134,3 @@ def backbone(name: str, shape: Sequence[int], *, pretrained: bool) -> nn.Module:
 def attentions(net: nn.Module) -> dict[str, nn.Module]:
     """Every MFA and MIFA of a network, in the order of its parts."""
     return {name: part for name, part in net.named_modules() if isinstance(part, drifa_attn.MFA | drifa_attn.MIFA)}
-
-
-@contextmanager
-def ungated(net: nn.Module) -> Iterator[None]:
-    """Within this context every MFA and MIFA hands on what it gets: the same trained weights, all gates off."""
-    handles = []
-    for part in attentions(net).values():
-        many = isinstance(part, drifa_attn.MIFA)
-        handles.append(part.register_forward_hook(lambda _, args, __, many=many: list(args[0]) if many else args[0]))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

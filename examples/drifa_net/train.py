@@ -13,14 +13,12 @@ on a CPU, ends with the same bits: each step's randomness follows from seed, epo
 rest. A finished seed is not trained again.
 """
 
-import argparse
 import json
 import math
 import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,8 @@ from torch.utils.data import DataLoader
 from drifa_attn import TaskLoss
 from examples.drifa_net.data import Data, Pairs, load
 from examples.drifa_net.metrics import scores
-from examples.drifa_net.networks import MODELS, build, named
+from examples.drifa_net.networks import build, named
+from examples.drifa_net.options import check, configured, explained, parser
 
 WARMUP = 0.05  # the share of all steps in which the learning rate rises
 PACKAGES = ("torch", "timm", "accelerate", "torchmetrics", "numpy")
@@ -47,46 +46,6 @@ FREE = ("save_every", "workers")  # options that do not touch the result
 COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
 
 Logits = dict[str, tuple[Tensor, Tensor]]  # logits and classes by task
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    whole = argparse.ArgumentParser(
-        prog="python -m examples.drifa_net.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = whole.add_argument
-    add("--data", nargs="*", type=Path, default=[], help="a folder or .npz for each branch; none: scikit-learn's digits")
-    add("--model", choices=MODELS, default="drifa_net", help="concat is fuse without attention (default: %(default)s)")
-    add("--backbones", nargs="+", default=["resnet10t"], help="timm networks of fuse and concat, one or one a branch")
-    add("--pretrained", action="store_true", help="download the backbones' weights")
-    add("--width", type=positive, default=16, help="channels of DRIFA-Net's first stage; the paper: 64 (default: %(default)s)")
-    add("--reduction", type=positive, help="of DRIFA-Net's attention (default: none, the paper's dense form)")
-    add("--losses", choices=("fixed", "uncertainty"), default="fixed", help="task weights: equal, or learned")
-    add("--epochs", type=positive, default=20, help="(default: %(default)s)")
-    add("--batch-size", type=positive, default=64, help="pairs a step, over all processes (default: %(default)s)")
-    add("--lr", type=rate, default=2e-3, help="AdamW's highest learning rate (default: %(default)s)")
-    add("--patience", type=positive, help="stop after so many epochs without a lower validation loss (default: never)")
-    add("--size", type=positive, help="height and width of the images (default: the data's own)")
-    add("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
-    add("--output", type=Path, default=Path("outputs/drifa_net"), help="(default: %(default)s)")
-    add("--save-every", type=positive, default=100, help="steps between checkpoints within an epoch (default: %(default)s)")
-    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="(default: accelerate's own setting)")
-    add("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
-    return whole
-
-
-def positive(text: str) -> int:
-    """An integer >= 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
-    return int(text)
-
-
-def rate(text: str) -> float:
-    """A finite number > 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return float(text)
 
 
 class Learner(nn.Module):
@@ -325,28 +284,6 @@ def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path:
             )
 
 
-def configured(options: argparse.Namespace, seed: int, data: Data, accelerator: Accelerator) -> dict[str, Any]:
-    """What decides a run's result, as plain values; of paths only the names."""
-    kept = {name: value for name, value in vars(options).items() if name not in ("data", "seeds", "output", "mixed_precision")}
-    names = [path.name for path in options.data]
-    kind = {"precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
-    return {"data": names or ["digits"], "branches": list(data.branches), **kept, "seed": seed, **kind}
-
-
-def check(options: argparse.Namespace, data: Data, accelerator: Accelerator) -> None:
-    """Raise a `ValueError` unless the options go with the data and the processes."""
-    if options.batch_size % accelerator.num_processes:
-        raise ValueError(f"--batch-size {options.batch_size} cannot be shared by {accelerator.num_processes} processes.")
-    if options.batch_size > len(data.train):
-        raise ValueError(f"--batch-size {options.batch_size} is more than the {len(data.train)} training pairs.")
-    if options.batch_size // accelerator.num_processes < 2:
-        raise ValueError("--batch-size must give each process at least 2 pairs: batch norm needs them.")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output {options.output} is a file: name a folder.")
-    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
-        raise ValueError(f"--seeds expected different integers >= 0, got {options.seeds}.")
-
-
 def shown(records: Sequence[Mapping[str, Any]]) -> Table:
     """The test metrics of all seeds."""
     names = ("samples", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
@@ -358,18 +295,9 @@ def shown(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-@contextmanager
-def explained(whole: argparse.ArgumentParser) -> Iterator[None]:
-    """Within this context a mistake in options or data ends the command with its message alone."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        whole.exit(2, f"{whole.prog}: error: {error}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Train every seed; returns the records."""
-    whole = parser()
+    whole = parser(__doc__)
     options = whole.parse_args(argv)
     # Told so, accelerate joins the processes of torchrun on machines without a GPU too.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from examples.drifa_net.data import IGNORE, SPLITS, divide, drop_duplicates, load
+from examples.drifa_net.data import IGNORE, load
 from examples.drifa_net.sources import Collection, read
+from examples.drifa_net.splits import SPLITS, divide, drop_duplicates
 from tests._compare import assert_same_bits
 from tests.examples.collections import KINDS, build, picture, write_archive
 

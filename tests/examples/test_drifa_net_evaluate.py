@@ -95,7 +95,7 @@ def test_gates_of_every_site_are_read(members):
     data = load(size=8)
     net, _ = restored(members[0], data)
     found = figures.gates(net, data)
-    assert len(found) == 2 * len(attentions(net)) == 2 * len(net.fusions)
+    assert len(found) == 2 * len(attentions(net)) == 2 * len(net.refiners)
     for a, gain in found.values():
         assert a.shape == gain.shape
         assert len(a) == 360

@@ -240,7 +240,7 @@ def test_absent_branch_of_every_sample_trains():
         ({"heads": (5, 0)}, "heads to be an integer >= 1, got 0"),
         ({"branches": 0}, "branches to be an integer >= 1, got 0"),
         ({"in_channels": (3, 0)}, "in_channels to be an integer >= 1, got 0"),
-        ({"in_channels": (3, 3, 3)}, r"once per modality \(2\), got 3"),
+        ({"in_channels": (3, 3, 3)}, r"once per branch \(2\), got 3"),
         ({"dropout": 1.5}, r"dropout in \[0, 1\], got 1\.5"),
         ({"padding": "valid"}, 'padding "symmetric" or "same", got \'valid\''),
         ({"width": 0}, "width to be an integer >= 1, got 0"),

@@ -8,7 +8,8 @@ import torch
 from torch import Generator
 
 from drifa_attn.fusion.losses import IGNORED
-from examples.drifa_net.data import IGNORE, SHIFT, Images, Pairs, augment, load, shift
+from examples.drifa_net.augmentation import SHIFT, augment, shift
+from examples.drifa_net.data import IGNORE, Images, Pairs, load
 from examples.drifa_net.sources import Collection
 from tests._compare import assert_same_bits
 from tests.examples.collections import KINDS, build

@@ -48,7 +48,7 @@ def test_every_network_trains_as_its_column_says(monkeypatch):
     trained = []
 
     def train(net, *_, **__):
-        trained.append((net.modality_dropout, all(fusion.enabled for fusion in net.fusions)))
+        trained.append((net.modality_dropout, all(refiner.enabled for refiner in net.refiners)))
 
     monkeypatch.setattr(example, "train", train)
     samples = example.embedded()[np.arange(60)]
