@@ -1,4 +1,4 @@
-"""Every tolerance of the tests, each proved able to fail before it is used."""
+"""The tolerances of the tests; each is shown to be able to fail before it is used."""
 
 import numpy as np
 import torch
@@ -8,9 +8,10 @@ SAME_MATH = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, tor
 
 # Golden values are float32 sums themselves. The floor is for gradients that are small differences of larger terms.
 GOLDEN, GOLDEN_FLOOR = 1e-5, 5e-7
-# A bias just before a training batch norm, which takes the mean away again: its gradient is a sum of terms a thousand times
-# larger that nearly cancel. The golden's own error there, measured by our float64 run, is 2.8e-5 and 1.6e-5.
-GOLDEN_EXCEPTIONS = {("rra_8to8_9x9_s1_bntrain_b3", "g.conv1.bias"): 3e-5, ("rra_8to8_9x9_s1_bntrain_b3", "g.conv2.bias"): 3e-5}
+# A bias before a training batch norm, which subtracts the mean again: its gradient is a sum of terms a thousand times larger
+# that nearly cancel. The golden values err by 2.8e-5 and 1.6e-5 (our float64 run shows it), and our float32 run adds its own
+# error, which depends on the processor.
+GOLDEN_EXCEPTIONS = {("rra_8to8_9x9_s1_bntrain_b3", "g.conv1.bias"): 1e-4, ("rra_8to8_9x9_s1_bntrain_b3", "g.conv2.bias"): 1e-4}
 
 
 def exact(t):
@@ -45,17 +46,17 @@ def assert_golden(actual, expected, file, name):
 
 
 def assert_same_bits(actual, expected):
-    """Assert equality to the last bit, NaN equal to NaN."""
+    """Assert equality bit for bit, NaN equal to NaN. Only for equal instructions on equal operands: two products may differ."""
     assert actual.dtype == expected.dtype
     assert torch.equal(actual.nan_to_num(nan=7.25), expected.nan_to_num(nan=7.25))
     assert torch.equal(actual.isnan(), expected.isnan())
 
 
-def assert_no_worse(actual, eager, expected, factor):
-    """Assert that the error against float64 is at most `factor` times that of the plain equations in the same dtype."""
-    actual, eager, expected = exact(actual), exact(eager), exact(expected)
-    bound = factor * max_abs(eager - expected) + 1e-6 * max_abs(expected)
+def assert_no_worse(actual, reference, expected, factor):
+    """Assert that the error against float64 is at most `factor` times that of the reference equations in the same dtype."""
+    actual, reference, expected = exact(actual), exact(reference), exact(expected)
+    bound = factor * max_abs(reference - expected) + 1e-6 * max_abs(expected)
     for wrong in (torch.zeros_like(expected), 1.05 * expected):
         assert max_abs(wrong - expected) > bound, f"bound {bound:.1e} lets anything pass"
     error = max_abs(actual - expected)
-    assert error <= bound, f"error {error:.2e} > {bound:.2e} ({factor} times that of the plain equations)"
+    assert error <= bound, f"error {error:.2e} > {bound:.2e} ({factor} times that of the reference equations)"

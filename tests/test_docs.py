@@ -69,5 +69,5 @@ def test_every_layer_stands_in_the_table_with_its_file():
 
 def test_the_quickstart_goes_through(tmp_path):
     printed = run(sys.executable, "-W", "error", ROOT / "examples" / "quickstart.py", "--fast", "--output", tmp_path)
-    assert printed.count("equal to the last bit: True") == 2
+    assert printed.count("equal bit for bit: True") == 2
     assert {path.name for path in tmp_path.iterdir()} == {f"quickstart.{suffix}" for suffix in ("png", "pt", "safetensors")}

@@ -1,9 +1,21 @@
+"""The launch configurations of the Triton kernels, compiled ahead of time in processes of their own: here triton interprets."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import pytest
 
 pytest.importorskip("triton")
 from benchmarks import kernels  # noqa: E402  (compiles with triton, which may be missing)
 
 FAST = "mfa 64 @ 784 nhwc bfloat16"
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """A process in which triton compiles."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
 
 
 def assert_fits(code):
@@ -17,13 +29,14 @@ def assert_fits(code):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_chain_compiles_without_spills_on_tensor_cores(capability):
-    chosen = [launch for launch in kernels.launches([capability], FAST) if launch.kernel == "chain_kernel"]
+def test_chain_compiles_without_spills_on_tensor_cores(capability, compiler):
+    launches = compiler.submit(kernels.launches, [capability], FAST).result()
+    chosen = [launch for launch in launches if launch.kernel == "chain_kernel"]
     assert len(chosen) == 1
-    assert_fits(kernels.attempt(chosen[0]))
+    assert_fits(compiler.submit(kernels.attempt, chosen[0]).result())
 
 
 @pytest.mark.slow
-def test_every_launch_fits_the_chip():
-    for launch in kernels.launches(kernels.CAPABILITIES):
-        assert_fits(kernels.attempt(launch))
+def test_every_launch_fits_the_chip(compiler):
+    for code in compiler.map(kernels.attempt, compiler.submit(kernels.launches, kernels.CAPABILITIES).result()):
+        assert_fits(code)

@@ -27,8 +27,16 @@ FIRST, LAST = "b c ...", "b ... c"
         ((0, 3, 4, 5), FIRST, 0, (0, 3, 20)),
     ],
 )
-def test_positions_have_one_shape(shape, layout, prefix, expected, device):
-    assert positions(torch.randn(shape, device=device), layout, prefix).shape == expected
+def test_positions_are_one_axis_in_row_major_order(shape, layout, prefix, expected, device):
+    """Every feature holds its own index; the indices of channel 0 must come in their order, and channels side by side."""
+    x = torch.arange(math.prod(shape), device=device).view(shape)
+    z = positions(x, layout, prefix)
+    assert z.shape == expected
+    between_channels = x.stride(1) if layout == FIRST else 1
+    between_positions = 1 if layout == FIRST else shape[-1]
+    start = x.stride(0) * torch.arange(shape[0], device=device)[:, None, None] + prefix * between_positions
+    of_channels = between_channels * torch.arange(expected[1], device=device)[:, None]
+    assert torch.equal(z, start + of_channels + between_positions * torch.arange(expected[2], device=device))
 
 
 @given(strategies.features())

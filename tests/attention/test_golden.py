@@ -61,7 +61,7 @@ def test_layer_is_the_released_one(path, dtype, device):
     for name, y in zip(names, ys, strict=True):
         assert_golden(y, golden[name], path.stem, name)
     if "attention" in golden:
-        for gate in listed(layer.attention(xs if len(xs) == 2 else xs[0])):
+        for gate in listed(layer.gates(xs if len(xs) == 2 else xs[0])):
             assert_golden(gate, golden["attention"], path.stem, "attention")
     grads = {f"g.{name}": p.grad for name, p in layer.named_parameters()}
     grads.update({f"g.{name}": x.grad for name, x in zip(tensors("x[12]?")[0], xs, strict=True)})

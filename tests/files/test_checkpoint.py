@@ -1,39 +1,16 @@
 import json
 
 import pytest
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from drifa_attn import MFA, attention_parameters, load_attention, save_attention, unwrap, wrap
-from drifa_attn.wrapping.inject import hooks
 from tests._compare import assert_same_bits
-from tests.cases import perturb_
-from tests.network.test_survey import built, planned
-from tests.network.test_trace import Net, conv
-from tests.wrapping.test_wrap import EVERY, check_round_trip, counted, refused, registered, wrapped
-
-
-def strengthen_(model):
-    for attention in [m for m in model.modules() if isinstance(m, MFA)]:
-        perturb_(attention)
-    return model
-
-
-def metadata(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def other(name="resnet", seed=7, **options):
-    """A network of the same architecture with other weights."""
-    torch.manual_seed(seed)
-    model = timm.create_model("test_resnet", **{"num_classes": 10} | options) if options else built(name)[0]
-    for parameter in model.parameters():
-        parameter.data.add_(0.01)
-    return model.eval()
+from tests._files import edited, metadata, other, without
+from tests._wrapping import EVERY, check_round_trip, counted, refinements, refused, registered, strengthen_, wrapped
+from tests.networks import Net, RunsItsChildren, built, conv, planned
 
 
 @pytest.fixture
@@ -42,13 +19,6 @@ def path(tmp_path):
     model, _ = wrapped("resnet")
     save_attention(model, tmp_path / "attention.safetensors", classifier=True, batch_norm=True)
     return tmp_path / "attention.safetensors"
-
-
-def edited(path, tensors=None, **plan):
-    """The same file with other tensors or another plan."""
-    written = json.dumps(json.loads(metadata(path)["drifa_attn"]) | plan)
-    save_file(load_file(path) if tensors is None else tensors, path, {"drifa_attn": written})
-    return path
 
 
 # Save and load ----------------------------------------------------------------------------------------------------------
@@ -63,8 +33,8 @@ def test_attention_comes_back_on_a_fresh_network_to_the_last_bit(name, tmp_path)
     assert load_attention(fresh, tmp_path / "attention.safetensors", example_input=x) is fresh
     assert list(fresh.state_dict()) == list(model.state_dict())
     assert_same_bits(fresh(x), model(x))
-    assert [hook.site for hook in hooks(fresh)] == [hook.site for hook in hooks(model)]
-    assert not any(hook.attention.training for hook in hooks(fresh))
+    assert [hook.site for hook in refinements(fresh)] == [hook.site for hook in refinements(model)]
+    assert not any(hook.attention.training for hook in refinements(fresh))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +44,13 @@ def test_attention_comes_back_on_a_fresh_network_to_the_last_bit(name, tmp_path)
 def test_every_kind_of_attention_comes_back(arguments, tmp_path):
     model, x = built("resnet")
     wrap(model, example_input=x, **arguments)
-    for hook in hooks(model):
+    for hook in refinements(model):
         hook.attention.alpha.add_(0.5)
     save_attention(model, str(tmp_path / "attention.safetensors"))
     fresh, _ = built("resnet")
     load_attention(fresh, str(tmp_path / "attention.safetensors"))
     assert_same_bits(fresh(x), model(x))
-    assert [repr(hook.attention) for hook in hooks(fresh)] == [repr(hook.attention) for hook in hooks(model)]
+    assert [repr(hook.attention) for hook in refinements(fresh)] == [repr(hook.attention) for hook in refinements(model)]
 
 
 def test_a_file_holds_the_attention_alone(tmp_path):
@@ -96,7 +66,7 @@ def test_a_file_holds_the_attention_alone(tmp_path):
 
 def test_the_plan_is_in_the_metadata(path):
     plan = json.loads(metadata(path)["drifa_attn"])
-    assert (plan["network"], plan["reduction"], plan["init"]) == ("ResNet", 16, "identity")
+    assert (plan["network"], plan["attention"]) == ("ResNet", {"name": "mfa", "options": {"reduction": 16, "init": "identity"}})
     assert [site["module"] for site in plan["sites"]] == [site.module for site in planned("resnet", "stage").sites]
     assert [site["channels"] for site in plan["sites"]] == [site.channels for site in planned("resnet", "stage").sites]
 
@@ -126,7 +96,7 @@ def test_classifier_and_statistics_come_on_request(classifier, prefixes, batch_n
 def test_attention_takes_the_dtype_of_the_network_it_is_loaded_on(path):
     model, x = wrapped("resnet")
     fresh = load_attention(other().double(), path, example_input=x.double())
-    for hook, source in zip(hooks(fresh), hooks(model), strict=True):
+    for hook, source in zip(refinements(fresh), refinements(model), strict=True):
         for key, parameter in hook.attention.named_parameters():
             assert_same_bits(parameter, source.attention.get_parameter(key).double())
 
@@ -150,19 +120,13 @@ def test_a_module_under_two_names_is_saved_and_comes_back(tmp_path):
 
     model, x = build(), torch.randn(2, 8, 4, 4)
     wrap(model, ["f"], example_input=x)
-    for hook in hooks(model):
+    for hook in refinements(model):
         hook.attention.strength.data.add_(0.5)
     save_attention(model, tmp_path / "attention.safetensors")
     assert_same_bits(load_attention(build(), tmp_path / "attention.safetensors", example_input=x)(x), model(x))
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------------
-
-
-def without(path, word):
-    tensors = load_file(path)
-    gone = next(key for key in tensors if word in key)
-    return edited(path, {key: tensor for key, tensor in tensors.items() if key != gone})
 
 
 def resized(path, word, shape):
@@ -215,7 +179,7 @@ BAD_FILES = {
         ValueError,
         r"'fc.bias' is \(3,\) in the file and \(10,\) in",
     ),
-    "a later format": (lambda p: edited(p, version=2), ValueError, "version"),
+    "a later format": (lambda p: edited(p, version=3), ValueError, "version 3, this drifa_attn reads version 2"),
     "another module": (lambda p: moved(p, module="layer9"), ValueError, "at 'layer9', a module that ResNet does not have"),
     "another leaf": (lambda p: moved(p, path=[0]), ValueError, r"attention at 'layer1.*\[0\]', where ResNet can take none"),
     "other channels": (
@@ -273,7 +237,7 @@ def test_save_refuses_what_it_cannot_name(tmp_path):
     model, x = built("resnet")
     path = tmp_path / "attention.safetensors"
     before = registered(model)
-    with pytest.raises(ValueError, match=r"ResNet holds no attention: drifa_attn\.wrap\(model\) first"):
+    with pytest.raises(ValueError, match=r"ResNet holds no attention: drifa_attn\.wrap\(model\) puts it there"):
         save_attention(model, path)
     wrap(model, example_input=x)
     with pytest.raises(ValueError, match="save_attention got a OptimizedModule: give it the network inside"):
@@ -285,20 +249,6 @@ def test_save_refuses_what_it_cannot_name(tmp_path):
 
 
 # Where the weights live --------------------------------------------------------------------------------------------------
-
-
-class RunsItsChildren(nn.Module):
-    """A stage whose forward runs whatever children it has."""
-
-    def __init__(self, *blocks):
-        super().__init__()
-        for i, block in enumerate(blocks):
-            self.add_module(f"{i}", block)
-
-    def forward(self, x):
-        for block in self.children():
-            x = block(x)
-        return x
 
 
 STAGES = {
@@ -340,9 +290,9 @@ def test_attention_takes_device_and_mode_of_its_network():
     model.to("meta").train().layer2.eval()
     wrap(model, example_input=x)
     assert {p.device.type for p in attention_parameters(model)} == {"meta"}
-    assert {hook.site.module.split(".")[0] for hook in hooks(model) if not hook.attention.training} == {"layer2"}
+    assert {hook.site.module.split(".")[0] for hook in refinements(model) if not hook.attention.training} == {"layer2"}
     model.eval()
-    assert not any(hook.attention.training for hook in hooks(model))
+    assert not any(hook.attention.training for hook in refinements(model))
     model.double().train()
     assert {p.dtype for p in attention_parameters(model)} == {torch.float64}
-    assert all(hook.attention.training for hook in hooks(model))
+    assert all(hook.attention.training for hook in refinements(model))

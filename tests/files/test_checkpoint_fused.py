@@ -10,13 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from drifa_attn import Fused, attention_parameters, disabled, fuse, load_attention, save_attention, wrap
-from drifa_attn.wrapping.inject import hooks
 from tests._compare import assert_same_bits
+from tests._files import edited, metadata, other, without
+from tests._fusion import TASKS, given, record
+from tests._wrapping import refinements, registered, wrapped
 from tests.cases import perturb_
-from tests.files.test_checkpoint import edited, metadata, other, without
-from tests.fusion.test_fuse import TASKS, given, record
-from tests.network.test_survey import built
-from tests.wrapping.test_wrap import registered, wrapped
+from tests.networks import built
 
 NAMES = ("resnet", "record")
 
@@ -30,7 +29,7 @@ def trained(wrapping="before", **options):
     net = fuse(backbones, TASKS, example_inputs=inputs, **options).eval()
     if wrapping == "after":
         wrap(net.branches["resnet"], example_input=inputs["resnet"])
-    for part in (net.fusions, net.heads, *(hook.attention for hook in hooks(net))):
+    for part in (net.refiners, net.heads, *(hook.attention for hook in refinements(net))):
         perturb_(part)
     return net, inputs
 
@@ -51,9 +50,9 @@ def path(tmp_path):
 
 WAYS = [
     {},
-    {"at": "block", "reduction": None, "wrapping": "after"},
-    {"dim": 12, "init": "paper", "wrapping": None, "modality_dropout": 0.3, "dropout": 0.1},
-    {"at": [{"record": "1", "resnet": "layer2"}, {"resnet": "layer3"}, {"record": "3"}], "reduction": 2},
+    {"at": "block", "fusion_options": {"reduction": None}, "wrapping": "after"},
+    {"fusion_options": {"dim": 12, "init": "paper"}, "wrapping": None, "modality_dropout": 0.3, "dropout": 0.1},
+    {"at": [{"record": "1", "resnet": "layer2"}, {"resnet": "layer3"}, {"record": "3"}], "fusion_options": {"reduction": 2}},
     {"classifiers": {"record": "2"}},
 ]
 
@@ -68,9 +67,9 @@ def test_a_fused_network_comes_back_on_fresh_backbones_to_the_last_bit(options, 
     assert isinstance(again, Fused)
     assert all(again.branches[name] is backbone for name, backbone in backbones.items())
     assert list(again.state_dict()) == list(net.state_dict())
-    assert (again.stages, again.options, again.modality_dropout) == (net.stages, net.options, net.modality_dropout)
-    assert [hook.site for hook in hooks(again)] == [hook.site for hook in hooks(net)]
-    assert (repr(again.fusions), again.dropout.p) == (repr(net.fusions), net.dropout.p)
+    assert (again.stages, again.recipe, again.modality_dropout) == (net.stages, net.recipe, net.modality_dropout)
+    assert [hook.site for hook in refinements(again)] == [hook.site for hook in refinements(net)]
+    assert (repr(again.refiners), again.dropout.p) == (repr(net.refiners), net.dropout.p)
     present = torch.tensor([[True, False], [True, True]])
     for task, logits in again.eval()(inputs, present).items():
         assert_same_bits(logits, net(inputs, present)[task])
@@ -117,9 +116,9 @@ def test_the_plan_is_in_the_metadata(path):
     fused = plan["fused"]
     assert fused["tasks"] == TASKS
     assert [list(sites) for sites in fused["stages"]] == [list(NAMES)] * 2
-    assert fused["options"]["reduction"] == 16
+    assert (fused["options"]["fusion"], fused["options"]["fusion_options"]) == ("mifa", {})
     assert fused["branches"]["record"] is None
-    assert fused["branches"]["resnet"]["reduction"] == 4
+    assert fused["branches"]["resnet"]["attention"]["options"]["reduction"] == 4
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------------
@@ -143,8 +142,8 @@ def save_edited(path, tensors):
 
 BAD_FILES = {
     "a tensor is missing": (
-        lambda p: without(p, "fusions.1.global"),
-        "file lacks 'fusions.1.global_scale', which Fused has",
+        lambda p: without(p, "refiners.1.global"),
+        "file lacks 'refiners.1.global_scale', which Fused has",
     ),
     "a tensor too many": (
         lambda p: save_edited(p, load_file(p) | {"x": torch.ones(1)}),
@@ -205,8 +204,8 @@ def test_a_failure_while_fusing_leaves_the_backbones(path, monkeypatch):
         raise RuntimeError("half-way")
 
     net, inputs = trained()
-    monkeypatch.setattr(sys.modules["drifa_attn.fusion.fuse"], "check_parts", fail)  # the package's `fuse` is the function
-    check_refused(fresh(net), path, ValueError, "half-way", inputs)
+    monkeypatch.setattr(sys.modules["drifa_attn.fusion.branches"], "check_parts", fail)
+    check_refused(fresh(net), path, RuntimeError, "half-way", inputs)
 
 
 def test_files_of_one_network_and_of_several_are_told_apart(path, tmp_path):

@@ -12,23 +12,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drifa_attn import (
     TaskLoss,
-    attention_maps,
     attention_parameters,
     disabled,
     freeze_backbone,
     fuse,
+    gates,
     plan,
     unwrap,
     wrap,
 )
-from drifa_attn.fusion.fuse import without_classifier
+from drifa_attn.fusion.branches import without_classifier
 from drifa_attn.layout import positions
-from drifa_attn.wrapping.inject import hooks
+from drifa_attn.wrapping.inject import STEPS
 from tests._compare import assert_same_bits, assert_same_math
+from tests._fusion import TASKS, fused, given
+from tests._wrapping import refinements, registered
 from tests.cases import perturb_
-from tests.fusion.test_fuse import TASKS, fused, given
-from tests.network.test_survey import built
-from tests.wrapping.test_wrap import registered
+from tests.networks import built
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_branches_are_wrapped_before_or_after(first):
         wrap(net.branches["resnet"], "block", example_input=inputs["resnet"])
     perturb_(net)
     calls = []
-    found = list(hooks(net))
+    found = list(refinements(net))
     assert len(found) == 4
     for hook in found:
         hook.attention.register_forward_hook(lambda *_: calls.append(1))
@@ -151,8 +151,9 @@ def test_attention_around_stages_works(first):
         "stages.3.blocks.1",
     ]
     plain = net.features({"ct": x})["ct"]
-    assert [hook.site.carrier for hook in hooks(net)] == [f"stages.{i}" for i in range(4)]
-    for hook in hooks(net):
+    carriers = [name for name, module in model.named_modules() if STEPS in vars(module)]
+    assert carriers == [f"stages.{i}" for i in range(4)]
+    for hook in refinements(net):
         hook.attention.strength.fill_(0.5)
     assert_same_bits(net.features({"ct": x})["ct"], model(x))
     assert not torch.equal(model(x), plain)
@@ -187,7 +188,7 @@ def test_two_processes_stay_in_step_when_one_lacks_a_modality(tmp_path):
     torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for a, b in zip(one, two, strict=True):
-        assert_same_bits(a, b)
+        assert_same_math(a, b)
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([[True, False], [True, True]])], ids=["all", "some"])
@@ -206,16 +207,16 @@ def test_autocast_is_near_full_precision_and_trains(mask):
 
 
 def test_maps_hold_the_gate_of_every_stage_and_modality():
-    net, inputs = fused(init="paper")
+    net, inputs = fused(fusion_options={"init": "paper"})
     seen, present = {}, torch.tensor([[True, False, True], [True, True, True]])
-    for k, fusion in enumerate(net.fusions):
+    for k, fusion in enumerate(net.refiners):
         fusion.register_forward_hook(lambda fusion, args, ys, k=k: seen.update({k: (args[0], ys, fusion)}))
-    maps = attention_maps(net.train(), inputs, present)
+    maps = gates(net.train(), inputs, present)
     assert net.training
-    assert list(maps) == [f"fusions.{k}.{name}" for k, sites in enumerate(net.stages) for name in sites]
+    assert list(maps) == [f"refiners.{k}.{name}" for k, sites in enumerate(net.stages) for name in sites]
     for k, (xs, ys, fusion) in seen.items():
         for i, (name, site) in enumerate(net.stages[k].items()):
-            gate = maps[f"fusions.{k}.{name}"] * fusion.alphas[i]
+            gate = maps[f"refiners.{k}.{name}"] * fusion.alphas[i]
             here = present[:, list(inputs).index(name)]
             x, y = (positions(t[i], site.layout, site.num_prefix_tokens)[here] for t in (xs, ys))
             assert_same_math(y, x * gate[here, :, None])
@@ -225,9 +226,9 @@ def test_maps_hold_the_gate_of_every_stage_and_modality():
 def test_maps_hold_the_branches_own_attention_and_no_absent_modality():
     net, inputs = fused(("resnet", "record"))
     wrap(net.branches["resnet"], ["layer3"], example_input=inputs["resnet"])
-    maps = attention_maps(net, inputs)
-    assert maps["branches.resnet.layer3"].shape == (2, next(hooks(net)).site.channels)
-    assert list(attention_maps(net, {"record": inputs["record"]})) == ["fusions.0.record", "fusions.1.record"]
+    maps = gates(net, inputs)
+    assert maps["branches.resnet.layer3"].shape == (2, refinements(net)[0].site.channels)
+    assert list(gates(net, {"record": inputs["record"]})) == ["refiners.0.record", "refiners.1.record"]
 
 
 @torch.no_grad()
@@ -236,15 +237,15 @@ def test_disabled_branches_are_their_own_backbones():
     net = fuse(backbones, TASKS, example_inputs=inputs).eval()
     expected = {name: branch(inputs[name]) for name, branch in net.branches.items()}
     wrap(net.branches["resnet"], example_input=inputs["resnet"])
-    perturb_(net.fusions)
-    for hook in hooks(net):
+    perturb_(net.refiners)
+    for hook in refinements(net):
         hook.attention.strength.fill_(0.5)
     gated = net.features(inputs)
     with disabled(net):
         for name, feature in net.features(inputs).items():
             assert_same_bits(feature, expected[name])
             assert not torch.equal(gated[name], expected[name])
-        assert attention_maps(net, inputs).keys() >= {"fusions.0.vit", "branches.resnet.layer4"}
+        assert gates(net, inputs).keys() >= {"refiners.0.vit", "branches.resnet.layer4"}
         assert_same_bits(net.features(inputs)["vit"], expected["vit"])
     with pytest.raises(ValueError, match="expected inputs"), disabled(net):
         net({})
@@ -257,7 +258,7 @@ def test_fusions_and_heads_are_what_is_trained():
     wrap(net.branches["resnet"], ["layer4"], example_input=inputs["resnet"])
     names = {id(p): name for name, p in net.named_parameters()}
     found = [names[id(p)] for p in attention_parameters(net)]
-    assert set(found) == {name for name in names.values() if name.startswith("fusions.") or "drifa_attn" in name}
+    assert set(found) == {name for name in names.values() if name.startswith("refiners.") or "drifa_attn" in name}
     assert len(set(found)) == len(found)
     assert freeze_backbone(net) is net
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
@@ -271,7 +272,7 @@ def test_fusions_and_heads_are_what_is_trained():
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [(wrap, r"wrap its branches, net.branches\[name\]"), (plan, "got a fused network"), (unwrap, "unwrap those")],
+    [(wrap, r"wrap its branches, net.branches\[name\]"), (plan, "got a fused network")],
 )
 def test_what_is_meant_for_a_branch_says_so(function, message):
     net, inputs = fused(("resnet", "record"))
@@ -280,3 +281,17 @@ def test_what_is_meant_for_a_branch_says_so(function, message):
     with pytest.raises(ValueError, match=message):
         function(net)
     assert registered(net) == before
+
+
+@torch.no_grad()
+def test_unwrap_takes_attention_out_of_all_branches():
+    net, inputs = fused(("resnet", "record"))
+    expected = net(inputs)["cell"]
+    with pytest.raises(ValueError, match="holds no attention that wrap put there"):
+        unwrap(net)
+    wrap(net.branches["resnet"], example_input=inputs["resnet"])
+    perturb_(net.branches["resnet"].layer1)
+    assert unwrap(net) is net
+    assert not refinements(net)
+    assert list(gates(net, inputs)) == [f"refiners.{k}.{name}" for k in range(2) for name in ("resnet", "record")]
+    assert expected.shape == net(inputs)["cell"].shape

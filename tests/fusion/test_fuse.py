@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import threading
-from functools import partial
 
 import pytest
 import timm
@@ -15,16 +13,16 @@ from drifa_attn import (
     MIFA,
     fuse,
 )
-from drifa_attn.fusion.fuse import without_classifier
+from drifa_attn.fusion.branches import without_classifier
+from drifa_attn.fusion.presence import presence
 from drifa_attn.layout import positions
-from drifa_attn.trees import replace_tensor
+from drifa_attn.trees import at_path
 from tests._compare import assert_same_bits, assert_same_math
+from tests._fusion import TASKS, fused, given, in_threads
+from tests._wrapping import registered
 from tests.cases import perturb_
-from tests.network.test_survey import built
-from tests.network.test_trace import Net, conv
-from tests.wrapping.test_wrap import awaken_, registered
+from tests.networks import Net, built, conv
 
-TASKS = {"lesion": 7, "cell": 5}
 SETS = [
     ("resnet",),
     ("resnet", "vit"),
@@ -35,76 +33,7 @@ SETS = [
 ]
 
 
-def record():
-    """A clinical record's branch: vectors."""
-    return nn.Sequential(nn.Linear(9, 33), nn.ReLU(), nn.Linear(33, 17), nn.ReLU())
-
-
-def given(names):
-    """Backbones by modality and an input for each."""
-    pairs = [built(name) if name != "record" else (record().eval(), torch.randn(2, 9)) for name in names]
-    return {name: pair[0] for name, pair in zip(names, pairs, strict=True)}, {
-        name: pair[1] for name, pair in zip(names, pairs, strict=True)
-    }
-
-
-def fused(names=("resnet", "vit", "record"), **options):
-    """A fused network in eval mode in which every parameter does something, and its inputs."""
-    torch.manual_seed(0)
-    backbones, inputs = given(names)
-    net = fuse(backbones, TASKS, example_inputs=inputs, **options).eval()
-    for fusion in net.fusions:
-        perturb_(fusion)
-    awaken_(net)
-    return net, inputs
-
-
 # Lockstep ----------------------------------------------------------------------------------------------------------------
-
-
-def in_threads(net, inputs, present=None):
-    """The same by other means: every backbone runs as it is in a thread of its own; its hooks wait for the others."""
-    barrier, waiting, results, errors = threading.Barrier(len(inputs), timeout=60), {}, {}, []
-
-    def wait(name, k, site, _, args, output):
-        waiting[name] = output
-        if barrier.wait() == 0:
-            sites = net.stages[k]
-            xs = [feature_at(waiting[n], s.path) for n, s in sites.items()]
-            waiting["gated"] = dict(zip(sites, net.fusions[k](xs, present), strict=True))
-        barrier.wait()
-        y = waiting["gated"][name]
-        barrier.wait()
-        return replace_tensor(output, site.path, lambda _: y)
-
-    def work(name):
-        try:
-            with torch.no_grad():
-                results[name] = net.branches[name](inputs[name])
-        except Exception as error:  # noqa: BLE001 - told by the test
-            errors.append(error)
-            barrier.abort()
-
-    handles = [
-        net.branches[name].get_submodule(site.module).register_forward_hook(partial(wait, name, k, site))
-        for k, sites in enumerate(net.stages)
-        for name, site in sites.items()
-    ]
-    threads = [threading.Thread(target=work, args=(name,)) for name in inputs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for handle in handles:
-        handle.remove()
-    assert not errors, errors
-    return results
-
-
-def feature_at(output, path):
-    for key in path:
-        output = output[key]
-    return output
 
 
 @pytest.mark.parametrize("at", ["stage", "block"])
@@ -115,7 +44,7 @@ def test_branches_advance_together(names, at):
     features, expected = net.features(inputs), in_threads(net, inputs)
     assert net.stages
     for name in names:
-        y = feature_at(expected[name], net.outputs[name].path)
+        y = at_path(expected[name], net.outputs[name].path)
         y = y if y.ndim == 2 else positions(y, net.outputs[name].layout, net.outputs[name].num_prefix_tokens).mean(-1)
         assert_same_bits(features[name], y)
 
@@ -130,7 +59,7 @@ def test_an_identity_start_changes_no_bit_of_any_branch(names):
     for name, feature in net.features(inputs).items():
         if isinstance(expected[name], torch.Tensor) and expected[name].ndim == 2:
             assert_same_bits(feature, expected[name])
-    perturb_(net.fusions)
+    perturb_(net.refiners)
     assert not any(torch.equal(f, expected[n]) for n, f in net.features(inputs).items() if torch.is_tensor(expected[n]))
 
 
@@ -209,18 +138,26 @@ def test_features_are_renormalised_at_the_head():
 
 
 def test_modality_dropout_takes_its_share_and_leaves_one():
-    net, _ = fused(("resnet", "vit", "record"), modality_dropout=0.4)
-    inputs = {name: torch.zeros(4000, 1) for name in net.branches}
-    mask = net.train().presence(inputs, None)
+    names = ["a", "b", "c"]
+    inputs = {name: torch.zeros(4000, 1) for name in names}
+    mask = presence(inputs, names, None, 0.4)
     assert mask.any(1).all()
     assert (~mask).float().mean() == pytest.approx(0.4 - 0.4**3, abs=0.02)
     present = torch.rand(4000, 3) < 0.5
-    kept = net.presence(inputs, present)
+    kept = presence(inputs, names, present, 0.4)
     assert not (kept & ~present).any()
     assert torch.equal(kept.any(1), present.any(1))
     assert (kept.sum() / present.sum()).item() < 0.9
-    assert net.eval().presence(inputs, None) is None
-    assert net.presence(inputs, present) is present
+    assert presence(inputs, names, None, 0) is None
+    assert presence(inputs, names, present, 0) is present
+
+
+def test_modality_dropout_is_for_training():
+    net, inputs = fused(("resnet", "record"), modality_dropout=0.5)
+    many = {name: x[:1].expand(40, *x.shape[1:]) for name, x in inputs.items()}
+    assert not (net.features(many)["record"] == 0).all(1).any()
+    _, _, present = net.train().advance(many, None)
+    assert 0.5 < present.float().mean() < 0.9
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------------
@@ -228,6 +165,7 @@ def test_modality_dropout_takes_its_share_and_leaves_one():
 INPUTS = [
     (lambda i: ([*i.values()],), TypeError, "expected a dict of inputs by modality, got list"),
     (lambda i: ({},), ValueError, r"expected inputs of some of the modalities \['resnet', 'record'\], got \[\]"),
+    (lambda i: (i | {"record": None},), TypeError, "a tensor of modality 'record', got NoneType: leave a modality"),
     (lambda i: (i | {"ct": 0},), ValueError, r"got \['resnet', 'record', 'ct'\]"),
     (lambda i: (i | {"record": i["record"][:1]},), ValueError, r"one batch size .*'resnet': 2, 'record': 1"),
     (lambda i: (i, [True, False]), TypeError, "got list: convert it with .bool"),
@@ -252,8 +190,11 @@ BAD = [
     ({"tasks": {}}, TypeError, "expected tasks as a dict with at least one entry"),
     ({"tasks": {"a.b": 2}}, ValueError, "names of tasks to be strings without dots, got 'a.b'"),
     ({"tasks": {"a": 0}}, ValueError, r"tasks\['a'\] to be an integer >= 1, got 0"),
-    ({"reduction": 0}, ValueError, "reduction to be an integer >= 1"),
-    ({"init": "zero"}, ValueError, 'init "paper" or "identity"'),
+    ({"fusion_options": {"reduction": 0}}, ValueError, "reduction to be an integer >= 1"),
+    ({"fusion_options": {"init": "zero"}}, ValueError, 'init "paper" or "identity"'),
+    ({"fusion": "mmtn"}, ValueError, "expected fusion to be one of mifa or a class, got 'mmtn'"),
+    ({"fusion": 3}, TypeError, "a Refiner or a Readout class, got 3"),
+    ({"tasks": {"keys": 2}}, ValueError, "got 'keys' among the names of tasks, which torch.nn.ModuleDict uses itself"),
     ({"modality_dropout": 1.0}, ValueError, r"modality_dropout in \[0, 1\), got 1.0"),
     ({"dropout": -0.1}, ValueError, r"dropout in \[0, 1\), got -0.1"),
     ({"classifiers": {"ct": "fc"}}, ValueError, r"classifiers for \['ct'\], but its modalities are"),
@@ -315,7 +256,7 @@ def test_default_networks_of_timm_are_fused_in_one_line():
     net = drifa_attn.fuse(
         {"dermoscopy": timm.create_model("resnet18"), "smear": timm.create_model("mobilenetv3_small_050")}, TASKS
     )
-    assert len(net.fusions) >= 4
-    assert all(isinstance(fusion, MIFA) for fusion in net.fusions)
-    added = sum(p.numel() for p in net.fusions.parameters()) / sum(p.numel() for p in net.parameters())
+    assert len(net.refiners) >= 4
+    assert all(isinstance(refiner, MIFA) for refiner in net.refiners)
+    added = sum(p.numel() for p in net.refiners.parameters()) / sum(p.numel() for p in net.parameters())
     assert added < 0.05

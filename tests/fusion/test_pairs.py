@@ -1,4 +1,4 @@
-"""Which stages meet in a fusion."""
+"""Which stages meet."""
 
 from collections import OrderedDict
 
@@ -8,8 +8,8 @@ from torch import nn
 
 from drifa_attn import fuse
 from tests._compare import assert_same_bits
-from tests.fusion.test_fuse import TASKS, fused, given
-from tests.network.test_trace import Net, conv
+from tests._fusion import TASKS, fused, given
+from tests.networks import Net, conv
 
 
 def met(net):
@@ -39,7 +39,7 @@ def test_named_stages_meet_and_a_branch_may_stay_out():
     pairs = [{"vit": "blocks.1", "resnet": "layer3"}, {"resnet": "layer4"}]
     net, inputs = fused(("resnet", "vit"), at=pairs)
     assert met(net) == [{"resnet": "layer3", "vit": "blocks.1"}, {"resnet": "layer4"}]
-    assert [fusion.modalities for fusion in net.fusions] == [2, 1]
+    assert [refiner.modalities for refiner in net.refiners] == [2, 1]
     assert net(inputs)["cell"].shape == (2, 5)
 
 
@@ -87,8 +87,8 @@ def test_vectors_meet_after_every_linear_layer(build, expected, at):
     assert [sites["record"] for sites in met(net)] == expected
     inputs = {"record": x, "other": torch.randn(2, 5)}
     assert_same_bits(net.features(inputs)["record"], y)
-    for fusion in net.fusions:
-        fusion.strengths[0].fill_(0.5)
+    for refiner in net.refiners:
+        refiner.strengths[0].fill_(0.5)
     assert not torch.equal(net.features(inputs)["record"], y)
 
 
@@ -99,6 +99,6 @@ def test_named_stages_of_plain_modules_meet():
     inputs = {"image": torch.randn(2, 8, 6, 6), "record": torch.randn(2, 9)}
     net = fuse({"image": image, "record": Record().eval()}, TASKS, at=at, example_inputs=inputs).eval()
     assert met(net) == at
-    assert [fusion.channels for fusion in net.fusions] == [(8, 16), (8, 16)]
+    assert [refiner.channels for refiner in net.refiners] == [(8, 16), (8, 16)]
     assert_same_bits(net.features(inputs)["image"], image(inputs["image"]))
     assert list(net(inputs)) == list(TASKS)

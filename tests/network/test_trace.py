@@ -6,24 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from drifa_attn.network.trace import meta_clone, trace
+from drifa_attn.network import survey
+from drifa_attn.network.copies import meta_clone
+from drifa_attn.network.trace import trace
 from drifa_attn.trees import map_tensors, replace_tensor, tensors_in
+from tests.networks import Net, conv
 
 Pair = namedtuple("Pair", "map size")
 T = torch.arange(6.0).view(2, 3)
-
-
-class Net(nn.Module):
-    """Children by name and a forward given as a function of the network and its inputs."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.run = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, *args, **kwargs):
-        return self.run(self, *args, **kwargs)
 
 
 def traced(forward, *shapes, **children):
@@ -32,11 +22,7 @@ def traced(forward, *shapes, **children):
 
 
 def is_live(record, name, path=(), prefix=0):
-    return record.is_live(record.calls[name].leaves[path], prefix)
-
-
-def conv(c_in=8, c_out=8):
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
+    return survey.is_live(record, record.calls[name].outputs[path], prefix)
 
 
 # Nested outputs ----------------------------------------------------------------------------------------------------------
@@ -96,7 +82,7 @@ def test_meta_clone_takes_tensors_that_nobody_registered():
     net.mean, net.kept = torch.ones(1, 8, 1, 1), {"std": [torch.ones(8, 1, 1)]}
     net(torch.ones(2, 8, 4, 4))  # leaves a computed weight that is no parameter
     record = trace(meta_clone(net), (torch.empty(2, 8, 4, 4, device="meta"),))
-    assert record.calls["f"].leaves[()].shape == (2, 8, 4, 4)
+    assert record.calls["f"].outputs[()].shape == (2, 8, 4, 4)
     assert not net.mean.is_meta
 
 
@@ -124,8 +110,8 @@ def test_trace_counts_calls_in_order_with_the_shapes_of_their_outputs():
     )
     assert {name: call.count for name, call in record.calls.items()} == {"": 1, "a": 2, "b": 1, "c": 1, "c.0": 1, "c.1": 1}
     assert sorted(record.calls, key=lambda name: record.calls[name].order) == ["a", "b", "c.0", "c.1", "c", ""]
-    assert record.calls["b"].leaves[()].shape == (2, 5, 4, 4)
-    assert record.calls[""].leaves.keys() == {(0,), (1, "z")}
+    assert record.calls["b"].outputs[()].shape == (2, 5, 4, 4)
+    assert record.calls[""].outputs.keys() == {(0,), (1, "z")}
     assert [name for name, call in record.calls.items() if call.is_dict] == ["c", "c.1"]
     assert record.batch == 2
     assert record.output_producers == {"", "b", "c", "c.0", "c.1"}
@@ -141,7 +127,7 @@ def test_trace_leaves_no_hook_on_the_copy_even_when_it_fails():
 def test_trace_takes_keyword_arguments():
     net = meta_clone(Net(lambda net, *, image: net.a(image), a=conv()))
     record = trace(net, (), {"image": torch.empty(5, 8, 4, 4, device="meta")})
-    assert (record.batch, record.calls["a"].leaves[()].shape) == (5, (5, 8, 4, 4))
+    assert (record.batch, record.calls["a"].outputs[()].shape) == (5, (5, 8, 4, 4))
 
 
 def test_trace_counts_flops_as_torch_does():

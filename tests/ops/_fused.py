@@ -1,13 +1,9 @@
-"""What the tests of the fused ops share: where they run, the equations they are held to, and how close.
+"""What the tests of the fused operators share: where they run, the equations that they are held to, and how close.
 
-Triton decides between compiler and interpreter when it is imported, so a file's tests run twice: here on a GPU, and in a
-process of their own in the interpreter, on the CPU.
+Triton decides between its compiler and its interpreter when it is imported. `tests/conftest.py` imports it for the interpreter,
+unless the tests that need a GPU are to run.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,26 +12,22 @@ from hypothesis import strategies as st
 
 from tests._compare import max_abs
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
-on_kernels = pytest.mark.skipif(False, reason="") if INTERPRETING else pytest.mark.cuda
-outside = pytest.mark.skipif(INTERPRETING, reason="this is the interpreter's process")
+try:
+    from triton.language import cdiv
+    from triton.runtime.interpreter import InterpretedFunction
 
+    INTERPRETING = isinstance(cdiv, InterpretedFunction)
+except ImportError:
+    INTERPRETING = False
+
+DEVICE = "cpu" if INTERPRETING or not torch.cuda.is_available() else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if INTERPRETING else (torch.bfloat16, torch.float16)
-
-
-def interpret(file):
-    """Run the tests of `file` in the interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(file)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+# The tests of a kernel run here if triton interprets it, else on a GPU.
+on_kernels = pytest.mark.usefixtures("interpreter") if INTERPRETING else pytest.mark.cuda
 
 
 class Problem(NamedTuple):
-    """One input of the statistics, by shape and seed."""
+    """One input of the statistics: its shape and the seed of its numbers."""
 
     b: int
     c: int
@@ -49,19 +41,31 @@ class Problem(NamedTuple):
     def width(self):
         return self.c if self.d is None else self.d
 
-    def numbers(self, *shape, scale=1.0):
-        """The next random numbers, float32, that the problem's dtype holds without rounding: no error is that of the inputs."""
-        return (scale * torch.randn(shape, generator=self.generator)).to(self.dtype).float().to(DEVICE)
+    def numbers(self):
+        """A function that gives the next random numbers of these sizes.
+
+        They are float32 that the dtype of the problem holds without rounding, so that no error is that of the inputs.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def numbers(*shape, scale=1.0):
+            return (scale * torch.randn(shape, generator=generator)).to(self.dtype).float().to(DEVICE)
+
+        return numbers
 
     def tensors(self):
         """x, the five weights and biases, and the squeeze."""
-        self.__class__.generator = torch.Generator().manual_seed(self.seed)
-        x, w = stored(self.numbers(self.b, self.c, self.n).to(self.dtype), self.layout), self.width
-        weights = [self.numbers(w, w, scale=w**-0.5) for _ in range(5)]
-        biases = [self.numbers(w, scale=0.3) for _ in range(5)]
+        numbers, w = self.numbers(), self.width
+        x = stored(numbers(self.b, self.c, self.n).to(self.dtype), self.layout)
+        weights = [numbers(w, w, scale=w**-0.5) for _ in range(5)]
+        biases = [numbers(w, scale=0.3) for _ in range(5)]
         if self.d is None:
             return x, weights, biases, None, None
-        return x, weights, biases, self.numbers(w, self.c, scale=self.c**-0.5), self.numbers(w)
+        return x, weights, biases, numbers(w, self.c, scale=self.c**-0.5), numbers(w)
+
+    def gradients_of(self, stats):
+        """Gradients of the statistics."""
+        return self._replace(seed=self.seed + 1).numbers()(*stats.shape)
 
 
 def stored(x, layout):
@@ -113,17 +117,17 @@ def flat(results):
     return [t for one in results for t in (one if isinstance(one, list) else [one]) if t is not None]
 
 
-def assert_no_worse(actual, eager, exact, dtype, times, name):
-    """Assert that the largest error is at most `times` eager torch's own in this dtype, where that is above one rounding."""
-    actual, eager, exact = actual.cpu().double(), eager.cpu().double(), exact.cpu()
+def assert_no_worse(actual, reference, exact, dtype, times, name):
+    """Assert that the largest error is at most `times` that of plain torch in this dtype, where that is above one rounding."""
+    actual, reference, exact = actual.cpu().double(), reference.cpu().double(), exact.cpu()
     rounding = max(torch.finfo(dtype).eps / 2, 1e-6) * max_abs(exact)
-    bound = times * max(max_abs(eager - exact), rounding)
+    bound = times * max(max_abs(reference - exact), rounding)
     assert max_abs(exact) == 0 or bound < 0.2 * max_abs(exact), f"{name}: bound {bound:.1e} lets anything pass"
     assert max_abs(actual - exact) <= bound, f"{name}: error {max_abs(actual - exact):.2e} > {bound:.2e}"
 
 
 def mfa_maps(x, weights, biases, squeeze_weight, squeeze_bias):
-    """h1, z2, h2, h3, z4, h4 and t of SPEC's equations."""
+    """h1, z2, h3, z4 and t of the equations of HIFA and CLIA."""
     z = x if squeeze_weight is None else lin(squeeze_weight, squeeze_bias, x)
     conv1, conv2, conv3, conv4, local = zip(weights, biases, strict=True)
     h1 = lin(*conv1, z).sigmoid()
@@ -156,22 +160,22 @@ def check_forward(problem, forward):
     assert (stats.dtype, where.dtype) == (torch.float32, torch.int32)
     h1, z2, h3, z4, t = mfa_maps(*as_float64(inputs))
     exact = torch.stack([h1.mean(2), z2.amax(2).sigmoid(), h3.mean(2), z4.amax(2).sigmoid(), t.mean(2)])
-    eager, _ = gradients(mfa_equations(where), inputs, stats, problem.dtype)
-    assert_no_worse(stats, eager, exact, problem.dtype, 2, "stats")
+    reference, _ = gradients(mfa_equations(where), inputs, stats, problem.dtype)
+    assert_no_worse(stats, reference, exact, problem.dtype, 2, "stats")
     found = torch.stack([at(z2, where[0]).sigmoid(), at(z4, where[1]).sigmoid()])
-    assert_no_worse(found, eager[1::2], exact[1::2], problem.dtype, 4, "where")
+    assert_no_worse(found, reference[1::2], exact[1::2], problem.dtype, 4, "where")
 
 
-def check_backward(problem, mfa):
+def check_backward(problem, backend):
     inputs = problem.tensors()
-    stats, where = mfa.mfa_forward(*inputs)
-    grads = problem.numbers(*stats.shape)
-    results = mfa.mfa_backward(grads, *inputs, stats, where)
+    stats, where = backend.mfa_forward(*inputs)
+    grads = problem.gradients_of(stats)
+    results = backend.mfa_backward(grads, *inputs, stats, where)
     assert results[0].dtype == problem.dtype
     assert results[0].stride() == torch.empty_like(inputs[0]).stride()
     _, exact = gradients(mfa_equations(where), inputs, grads, torch.float64)
-    _, eager = gradients(mfa_equations(where), inputs, grads, problem.dtype)
-    for place, values in enumerate(zip(flat(results), eager, exact, strict=True)):
+    _, reference = gradients(mfa_equations(where), inputs, grads, problem.dtype)
+    for place, values in enumerate(zip(flat(results), reference, exact, strict=True)):
         assert_no_worse(*values, problem.dtype, 3, f"gradient {place}")
 
 
@@ -195,26 +199,26 @@ def mifa_equations(where):
     return stats
 
 
-def check_mifa(problem, mifa, *, masked):
+def check_mifa(problem, backend, *, masked):
     x, [weight, *_], [bias, *_], *squeeze = problem.tensors()
     present = None
     if masked:
         present = torch.arange(problem.b, device=DEVICE) % 2 == 0
         x[~present] = torch.nan
     inputs = (x, weight, bias, *squeeze, present)
-    stats, where = mifa.mifa_forward(*inputs)
+    stats, where = backend.mifa_forward(*inputs)
     assert (stats.dtype, where.dtype) == (torch.float32, torch.int32)
     z, t = mifa_maps(*(i if i is None or i.dtype == torch.bool else i.double() for i in inputs))
     low_t, top_t = t.amin(2).sigmoid(), t.amax(2).sigmoid()
     exact = torch.stack([z.amin(2), z.mean(2), z.amax(2), low_t, t.sigmoid().mean(2), top_t])
-    grads = problem.numbers(*stats.shape)
-    eager, eager_grads = gradients(mifa_equations(where), inputs, grads, problem.dtype)
+    grads = problem.gradients_of(stats)
+    reference, reference_grads = gradients(mifa_equations(where), inputs, grads, problem.dtype)
     for half, name in ((slice(0, 3), "z"), (slice(3, 6), "t")):
-        assert_no_worse(stats[half], eager[half], exact[half], problem.dtype, 2, f"stats of {name}")
+        assert_no_worse(stats[half], reference[half], exact[half], problem.dtype, 2, f"stats of {name}")
         found = mifa_equations(where)(*(i if i is None or i.dtype == torch.bool else i.double() for i in inputs))
-        assert_no_worse(found[half], eager[half], exact[half], problem.dtype, 4, f"where of {name}")
-    results = mifa.mifa_backward(grads, *inputs, stats, where)
+        assert_no_worse(found[half], reference[half], exact[half], problem.dtype, 4, f"where of {name}")
+    results = backend.mifa_backward(grads, *inputs, stats, where)
     assert results[0].stride() == torch.empty_like(x).stride()
     _, exact_grads = gradients(mifa_equations(where), inputs, grads, torch.float64)
-    for place, values in enumerate(zip(flat(results), eager_grads, exact_grads, strict=True)):
+    for place, values in enumerate(zip(flat(results), reference_grads, exact_grads, strict=True)):
         assert_no_worse(*values, problem.dtype, 3, f"gradient {place}")

@@ -1,4 +1,6 @@
-"""The fused ops against the plain equations: values, gradients, memory, and what PyTorch sees of them."""
+"""The fused operators against the reference equations: values, gradients, memory, and how PyTorch sees them."""
+
+import inspect
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.autograd import gradcheck
 
 from drifa_attn import MFA, MIFA, functional, ops
 from drifa_attn.layout import positions, scale
-from drifa_attn.ops import lean, register
+from drifa_attn.ops import chunked, operators
 from tests import strategies
 from tests._compare import assert_no_worse, assert_same_bits, assert_same_math
 from tests.cases import CASES, gradients, listed, loss, perturb_
@@ -20,7 +22,7 @@ EVERY = pytest.mark.parametrize("name", LAYERS)
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks even of tiny maps, parts of one sample among them."""
-    monkeypatch.setattr(lean, "CHUNK", 32)
+    monkeypatch.setattr(chunked, "CHUNK", 32)
 
 
 def cast(module, args, dtype):
@@ -33,18 +35,19 @@ def both(case, mode, dtype, seed=0):
     """Outputs and gradients of a layer in one mode and dtype, from one seed."""
     torch.manual_seed(seed)
     module, args = cast(case.module(), case.args(3, grad=True), dtype)
-    with ops.fused(mode):
+    with ops.use(mode):
         return listed(module(*args)), gradients(module, args)
 
 
 @EVERY
-def test_fused_is_no_worse_than_eager(name, small_chunks):
-    """Against float64: at most twice the error of the plain equations forward, three times backward."""
+def test_fused_is_no_worse_than_the_reference(name, small_chunks):
+    """Against float64: at most twice the error of the reference equations forward, three times backward."""
     case = CASES[name]
-    exact, fused, eager = (both(case, *how) for how in (("0", torch.float64), ("1", torch.float32), ("0", torch.float32)))
-    for factor, actual, plain, expected in zip((2, 3), fused, eager, exact, strict=True):
-        for a, p, e in zip(actual, plain, expected, strict=True):
-            assert_no_worse(a, p, e, factor)
+    exact = both(case, "reference", torch.float64)
+    fused, reference = (both(case, mode, torch.float32) for mode in ("fused", "reference"))
+    for factor, *values in zip((2, 3), fused, reference, exact, strict=True):
+        for actual, plain, expected in zip(*values, strict=True):
+            assert_no_worse(actual, plain, expected, factor)
 
 
 @EVERY
@@ -52,14 +55,14 @@ def test_fused_gradients_are_exact(name, small_chunks):
     case = CASES[name]
     torch.manual_seed(0)
     module, args = cast(case.module(), case.args(3, grad=True), torch.float64)
-    with ops.fused("1"):
+    with ops.use("fused"):
         xs = listed(args[0])
 
         def outputs(*xs):
             return tuple(listed(module(list(xs) if len(xs) > 1 else xs[0], *args[1:])))
 
         assert gradcheck(outputs, xs, fast_mode=True)
-    for a, e in zip(both(case, "1", torch.float64)[1], both(case, "0", torch.float64)[1], strict=True):
+    for a, e in zip(both(case, "fused", torch.float64)[1], both(case, "reference", torch.float64)[1], strict=True):
         assert_same_math(a, e)
 
 
@@ -69,11 +72,11 @@ def test_fused_mfa_takes_any_features(features, reduction, seed, dtype, chunk):
     torch.manual_seed(seed)
     mfa = perturb_(MFA(features.channels, reduction=reduction, dtype=dtype, **features.options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lean, "CHUNK", chunk)
-        with ops.fused("1"):
+        patch.setattr(chunked, "CHUNK", chunk)
+        with ops.use("fused"):
             y = mfa(x)
             grads = torch.autograd.grad(loss(y), [x, *mfa.parameters()])
-    with ops.fused("0"):
+    with ops.use("reference"):
         expected = mfa(x)
         expected_grads = torch.autograd.grad(loss(expected), [x, *mfa.parameters()])
     assert_same_math(y, expected)
@@ -87,8 +90,8 @@ def test_fused_mifa_takes_any_modalities(drawn, seed):
     mifa = perturb_(MIFA([one.channels for one in drawn.each], dtype=torch.float64, **drawn.options))
     xs = [x.clone().requires_grad_() for x in drawn.xs]
     results = []
-    for mode in ("1", "0"):
-        with ops.fused(mode):
+    for mode in ("fused", "reference"):
+        with ops.use(mode):
             ys = mifa(xs, drawn.present)
             results.append([*ys, *torch.autograd.grad(loss(ys), [*xs, *mifa.parameters()], allow_unused=True)])
     for a, e in zip(*results, strict=True):
@@ -99,22 +102,23 @@ def test_fused_mifa_takes_any_modalities(drawn, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_no_worse_than_eager(dtype):
+def test_half_precision_is_no_worse_than_the_reference(dtype):
     x = torch.randn(3, 16, 200).to(dtype)
     mfa = perturb_(MFA(16))
-    with ops.fused("0"):
-        exact, plain = mfa.attention(x.double()), mfa.attention(x)
-    with ops.fused("1"):
-        assert_no_worse(mfa.attention(x), plain, exact, 2)
+    with ops.use("reference"):
+        exact, plain = mfa.gates(x.double()), mfa.gates(x)
+    with ops.use("fused"):
+        gate = mfa.gates(x)
+        assert gate.dtype == torch.float32
+        assert_no_worse(gate, plain, exact, 2)
         with torch.autocast("cpu", torch.bfloat16):
-            assert_same_bits(mfa.attention(x), mfa.attention(x))
-            assert mfa.attention(x).dtype == torch.float32
+            assert_same_bits(mfa.gates(x), gate)
 
 
 @EVERY
 def test_autocast_changes_no_bit(name):
     module, args = CASES[name].module(), CASES[name].args()
-    with ops.fused("1"):
+    with ops.use("fused"):
         expected = listed(module(*args))
         with torch.autocast("cpu", torch.bfloat16):
             for y, e in zip(listed(module(*args)), expected, strict=True):
@@ -122,7 +126,7 @@ def test_autocast_changes_no_bit(name):
 
 
 def kept_bytes(mode, layer, *args):
-    """Bytes that autograd keeps for backward, what is kept twice counted once, inputs and weights left out."""
+    """Bytes that autograd keeps for backward, without inputs and weights; memory that is kept twice counts once."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *(x for a in args for x in listed(a)))}
     kept = {}
 
@@ -130,7 +134,7 @@ def kept_bytes(mode, layer, *args):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with ops.fused(mode), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with ops.use(mode), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         ys = listed(layer(*args))
     return sum(size for at, size in kept.items() if at not in own), ys
 
@@ -139,39 +143,41 @@ def kept_bytes(mode, layer, *args):
 def test_a_tenth_is_kept_for_backward(modalities):
     xs = [torch.randn(2, 16, 40, 40, requires_grad=True) for _ in range(modalities)]
     layer, args = (MFA(16), xs[0]) if modalities == 1 else (MIFA(16), xs)
-    fused, eager = (kept_bytes(mode, layer, args)[0] for mode in ("1", "0"))
-    assert 0 < fused < eager / 10, (fused, eager)
+    fused, reference = (kept_bytes(mode, layer, args)[0] for mode in ("fused", "reference"))
+    assert 0 < fused < reference / 10, (fused, reference)
 
 
 @EVERY
 def test_fused_is_deterministic(name, small_chunks):
-    first, second = (both(CASES[name], "1", torch.float32) for _ in range(2))
-    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+    module, args = CASES[name].module(), CASES[name].args(3, grad=True)
+    with ops.use("fused"):
+        first, second = ([*listed(module(*args)), *gradients(module, args)] for _ in range(2))
+    for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
 
 
 def test_nan_stays_in_its_sample(small_chunks):
     mfa, x = perturb_(MFA(8)), torch.randn(3, 8, 30)
-    with ops.fused("1"):
+    with ops.use("fused"):
         expected = mfa(x)
         x[1, 3, 7] = torch.nan
         x.requires_grad_()
         y = mfa(x)
         (grad,) = torch.autograd.grad(y[::2].square().sum(), x)
     assert y[1].isnan().all()
-    assert_same_bits(y[::2], expected[::2])
+    assert_same_math(y[::2], expected[::2])
     assert grad[::2].isfinite().all()
 
 
 def test_absent_is_left_out(small_chunks):
-    """Whatever an absent modality holds reaches no output and no gradient."""
+    """The values of an absent modality reach no output and no gradient."""
     mifa, xs = perturb_(MIFA(8)), [torch.randn(2, 8, 30) for _ in range(2)]
     present = torch.tensor([[True, False], [True, True]])
     xs[1][0] = torch.nan
     xs = [x.requires_grad_() for x in xs]
     alone = perturb_(MIFA(8, 1))
     alone.load_state_dict({k: v for k, v in mifa.state_dict().items() if k in alone.state_dict()})
-    with ops.fused("1"):
+    with ops.use("fused"):
         ys = mifa(xs, present)
         assert_same_math(ys[0][:1], alone([xs[0][:1]])[0])
         grads = torch.autograd.grad(ys[0].sum() + ys[1][1].sum(), [*xs, *mifa.parameters()], allow_unused=True)
@@ -181,9 +187,9 @@ def test_absent_is_left_out(small_chunks):
 
 def test_identity_start_changes_no_bit():
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        for shape, options in (((2, 8, 5, 6), {}), ((2, 7, 8), {"layout": "b ... c", "prefix": 2})):
+        for shape, options in (((2, 8, 5, 6), {}), ((2, 7, 8), {"layout": "b ... c", "num_prefix_tokens": 2})):
             x = torch.randn(shape).to(dtype)
-            with ops.fused("1"):
+            with ops.use("fused"):
                 assert_same_bits(MFA(8, init="identity", reduction=2, **options)(x), x)
 
 
@@ -191,9 +197,9 @@ def test_identity_start_changes_no_bit():
 def test_gate_is_the_product(features, seed, dtype):
     x = features.x.to(dtype).requires_grad_()
     factor = torch.rand(x.shape[0], features.channels, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    with ops.fused("1"):
-        y = ops.gate(x, factor, features.layout, features.prefix)
-    expected = scale(x, factor, features.layout, features.prefix)
+    with ops.use("fused"):
+        y = ops.gate(x, factor, features.layout, features.num_prefix_tokens)
+    expected = scale(x, factor, features.layout, features.num_prefix_tokens)
     assert_same_bits(y, expected)
     dy = torch.ones_like(expected)
     for grad, e in zip(*(torch.autograd.grad(out, [x, factor], dy) for out in (y, expected)), strict=True):
@@ -210,10 +216,10 @@ def test_ops_pass_opcheck(squeezed):
     squeeze = (leaf(d, c), leaf(d)) if squeezed else (None, None)
     x = leaf(2, c, 9)
     weights, biases = [leaf(d, d) for _ in range(5)], [leaf(d) for _ in range(5)]
-    torch.library.opcheck(register.mfa_stats, (x, weights, biases, *squeeze, True))
+    torch.library.opcheck(operators.mfa_stats_op, (x, weights, biases, *squeeze, True))
     present = torch.tensor([True, False])
-    torch.library.opcheck(register.mifa_stats, (x, leaf(d, d), leaf(d), *squeeze, present, True))
-    torch.library.opcheck(register.gate, (x, torch.rand(2, c, requires_grad=True), "b c ...", 0))
+    torch.library.opcheck(operators.mifa_stats_op, (x, leaf(d, d), leaf(d), *squeeze, present, True))
+    torch.library.opcheck(operators.gate_op, (x, torch.rand(2, c, requires_grad=True), "b c ...", 0))
 
 
 def assert_compiles(module, args, backend):
@@ -230,30 +236,30 @@ def assert_compiles(module, args, backend):
 
 @EVERY
 def test_fused_compiles_whole(name):
-    with ops.fused("1"):
+    with ops.use("fused"):
         assert_compiles(CASES[name].module(), CASES[name].args(3, grad=True), "aot_eager")
 
 
 def test_auto_compiles_whole():
     """At sizes that are fused without a compiler, and at others."""
     mfa = perturb_(MFA(16))
-    for size, path in ((40, "lean"), (4, "eager")):
+    for size, path in ((40, "chunked"), (4, "reference")):
         x = torch.randn(8, 16, size, size, requires_grad=True)
         assert ops.explain(mfa, x).path == path
         assert_compiles(mfa, (x,), "aot_eager")
 
 
 @pytest.mark.slow  # most of the time is the C++ compiler's
-@pytest.mark.parametrize("mode", ["1", "auto"])
+@pytest.mark.parametrize("mode", ["fused", "auto"])
 def test_fused_compiles_whole_with_inductor(mode):
     mfa, mifa = perturb_(MFA(16, reduction=2)), perturb_(MIFA(16))
     xs = [torch.randn(8, 16, size, size, requires_grad=True) for size in (40, 36)]
-    with ops.fused(mode):
+    with ops.use(mode):
         assert_compiles(mfa, (xs[0],), "inductor")
         assert_compiles(mifa, (xs,), "inductor")
 
 
-@pytest.mark.parametrize("mode", ["1", "auto"])
+@pytest.mark.parametrize("mode", ["fused", "auto"])
 def test_compiled_graphs_hold_the_ops_at_any_size(mode):
     graphs = []
 
@@ -261,7 +267,7 @@ def test_compiled_graphs_hold_the_ops_at_any_size(mode):
         graphs.append(graph)
         return graph
 
-    with ops.fused(mode):
+    with ops.use(mode):
         torch.compile(MFA(8), fullgraph=True, backend=keep)(torch.randn(2, 8, 30))
     names = {str(node.target) for node in graphs[0].graph.nodes}
     assert {"drifa_attn.mfa_stats.default", "drifa_attn.gate.default"} <= names, names
@@ -269,26 +275,26 @@ def test_compiled_graphs_hold_the_ops_at_any_size(mode):
 
 def test_exported_graphs_need_no_library_unless_asked():
     mfa, x = MFA(16).eval(), torch.randn(2, 16, 80, 80)
-    assert ops.explain(mfa, x).path == "lean"
+    assert ops.explain(mfa, x).path == "chunked"
 
     def names():
         return [str(node.target) for node in torch.export.export(mfa, (x,), strict=False).graph.nodes]
 
     assert not any("drifa_attn" in name for name in names())
-    with ops.fused("1"):
+    with ops.use("fused"):
         assert any("drifa_attn.mfa_stats" in name for name in names())
 
 
 def test_second_derivatives_are_refused():
     mfa, x = MFA(8), torch.randn(2, 8, 30, requires_grad=True)
-    with ops.fused("1"):
+    with ops.use("fused"):
         (grad,) = torch.autograd.grad(mfa(x).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="DRIFA_FUSED=0"):
+        with pytest.raises(RuntimeError, match="DRIFA_BACKEND=reference"):
             grad.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func.jvp's own
-def test_transforms_take_the_plain_equations():
+def test_transforms_take_the_reference_equations():
     mfa, x = MFA(16), torch.randn(3, 2, 16, 3000)
     assert_same_math(torch.func.vmap(mfa)(x), torch.stack([mfa(one) for one in x]))
     tangent = torch.func.jvp(mfa, (x[0],), (torch.ones_like(x[0]),))[1]
@@ -298,10 +304,10 @@ def test_transforms_take_the_plain_equations():
 @pytest.mark.parametrize(
     ("x", "path", "reason"),
     [
-        (torch.zeros(8, 16, 64, 64), "lean", "on cpu the lean ops are the fused ones"),
-        (torch.zeros(8, 16, 1, 1), "eager", "one position"),
-        (torch.zeros(1, 16, 8, 8), "eager", "1024 elements is small"),
-        (torch.zeros(8, 16, 64, 64, device="meta"), "eager", "meta"),
+        (torch.zeros(8, 16, 64, 64), "chunked", "on cpu the fused operators are the chunked ones"),
+        (torch.zeros(8, 16, 1, 1), "reference", "one position"),
+        (torch.zeros(1, 16, 8, 8), "reference", "1024 elements is small"),
+        (torch.zeros(8, 16, 64, 64, device="meta"), "reference", "meta"),
     ],
 )
 def test_explain_names_path_and_reason(x, path, reason):
@@ -309,10 +315,10 @@ def test_explain_names_path_and_reason(x, path, reason):
     choice = ops.explain(mfa, x)
     assert (choice.path, reason in choice.reason) == (path, True), choice
     assert str(choice) == f"{path}: {choice.reason}"
-    with ops.fused("0"):
-        assert ops.explain(mfa, x) == ("eager", "DRIFA_FUSED is 0")
-    with ops.fused("1"):
-        assert ops.explain(MIFA(16, device=x.device), [x, x]).path == "lean"
+    with ops.use("reference"):
+        assert ops.explain(mfa, x) == ("reference", "the mode is reference")
+    with ops.use("fused"):
+        assert ops.explain(MIFA(16, device=x.device), [x, x]).path == "chunked"
 
 
 def test_explain_knows_its_layers():
@@ -321,24 +327,49 @@ def test_explain_knows_its_layers():
 
 
 def test_mode_is_checked_and_restored():
-    with pytest.raises(ValueError, match=r'ops\.fused expected "auto", "0" .* got \'yes\''), ops.fused("yes"):
+    with pytest.raises(ValueError, match=r'ops\.use expected "auto", "reference" .* got \'yes\''), ops.use("yes"):
         pass
     mfa, x = MFA(16), torch.zeros(8, 16, 64, 64)
-    with pytest.raises(KeyError), ops.fused("0"):
+    with pytest.raises(KeyError), ops.use("reference"):
         raise KeyError
-    assert ops.explain(mfa, x).path == "lean"
+    assert ops.explain(mfa, x).path == "chunked"
 
 
-def test_plain_mode_is_functional_to_the_bit():
-    mfa, x = perturb_(MFA(16)), torch.randn(8, 16, 60, 60)
-    with ops.fused("0"):
-        gate = mfa.attention(x)
+def test_reference_mode_is_functional():
+    """In float64 and at a size that auto fuses: the reference shares the gradient of ties, a fused operator does not."""
+    mfa, x = perturb_(MFA(16, dtype=torch.float64)), torch.ones(8, 16, 60, 60, dtype=torch.float64, requires_grad=True)
+    with ops.use("reference"):
+        gate = mfa.gates(x)
     weights = (mfa.hifa.weights(), mfa.clia.weights(), mfa.global_scale, mfa.local_scale)
-    assert_same_bits(gate, functional.mfa(positions(x, "b c ..."), *weights))
+    expected = functional.mfa(positions(x, "b c ..."), *weights)
+    assert_same_math(gate, expected)
+    assert_same_math(*(torch.autograd.grad(a.sum(), x)[0] for a in (gate, expected)))
 
 
-def test_mifa_without_gradients_is_plain_on_a_cpu():
+@pytest.mark.parametrize("name", ["mfa", "mifa"])
+def test_signatures_are_those_of_functional(name):
+    """The operators take what the equations take, and `fused`."""
+    ours, equations = (inspect.signature(getattr(module, name)) for module in (ops, functional))
+    parameters = dict(ours.parameters)
+    assert parameters.pop("fused").default is None
+    assert list(parameters.values()) == list(equations.parameters.values())
+    assert ours.return_annotation == equations.return_annotation
+
+
+def test_a_choice_that_was_made_is_not_made_again(monkeypatch):
+    mfa, mifa, x = MFA(8), MIFA(8), torch.randn(2, 8, 30)
+    asked = []
+    for module in (ops, operators):
+        monkeypatch.setattr(module, "is_fused", lambda x, width: bool(asked.append(width)))
+    mfa(x)
+    mifa([x, x])
+    assert asked == [8, 8]
+    ops.gate(x, torch.ones(2, 8))
+    assert asked == [8, 8, 8]
+
+
+def test_mifa_without_gradients_is_the_reference_on_a_cpu():
     mifa, xs = MIFA(16), [torch.randn(8, 16, 40, 40)] * 2
-    assert ops.explain(mifa, xs).path == "lean"
+    assert ops.explain(mifa, xs).path == "chunked"
     with torch.no_grad():
-        assert "without gradients nothing is kept" in ops.explain(mifa, xs).reason
+        assert "without gradients, no memory can be saved" in ops.explain(mifa, xs).reason

@@ -10,16 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from drifa_attn import add_dropout, fuse, mc_dropout, remove_dropout, unwrap, wrap
+from drifa_attn import add_dropout, fuse, mc_dropout, plan, remove_dropout, unwrap, wrap
 from drifa_attn.trees import tensors_in
-from drifa_attn.uncertainty.dropout import DropoutHook, drop_channels, dropouts
-from drifa_attn.wrapping.inject import AttentionHook, hooks
+from drifa_attn.uncertainty.dropout import DropoutStep, drop_channels, dropouts
+from drifa_attn.wrapping.inject import STEPS, Refinement
 from tests._compare import assert_same_bits, assert_same_math
+from tests._wrapping import assert_same, awaken_, refinements, registered, training_step
 from tests.cases import perturb_
-from tests.network.test_survey import NETWORKS, built, planned
-from tests.network.test_trace import Net, conv
+from tests.networks import NETWORKS, Net, built, conv, planned
 from tests.strategies import features
-from tests.wrapping.test_wrap import assert_same, awaken_, registered, training_step
 
 RATES = st.floats(0.05, 0.95)
 
@@ -34,8 +33,17 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def uncertainty(model, inputs, samples=4):
-    return mc_dropout(model, inputs, samples, generator=seeded()).epistemic
+def uncertainty(model, inputs, passes=4):
+    return mc_dropout(model, inputs, passes, generator=seeded()).epistemic
+
+
+def dropped_at(model, x, at="stage"):
+    """The sites of a plan of the network whose carriers drop, in calling order."""
+    carriers = {name for name, module in model.named_modules() if any(module is found for found, _ in dropouts(model))}
+    bare = remove_dropout(copy.deepcopy(model))
+    sites = [site for site in plan(bare, at, example_input=x).sites if site.carrier in carriers]
+    assert len(sites) == len(list(dropouts(model)))
+    return [site.name for site in sites]
 
 
 # Channels ----------------------------------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ def test_dropout_goes_where_attention_would_and_changes_no_bit_in_eval_mode(name
     assert add_dropout(model, 0.5, example_input=x) is model
     assert type(model) is kind
     sites = [site.name for site in planned(name, "stage").sites]
-    assert sorted(hook.site.name for _, _, hook in dropouts(model)) == sorted(sites)
+    assert dropped_at(model, x) == sites
     assert list(model.state_dict()) == keys
     assert_same(outputs(model, x), expected)
     assert not torch.equal(training_step(model, x)[0], step[0])
@@ -99,8 +107,8 @@ def test_every_site_drops_its_channels():
     model, x = built("vit")
     add_dropout(model, 0.5, at="block")
     seen = {}
-    for module, _, hook in dropouts(model):
-        module.register_forward_hook(lambda _, args, output, name=hook.site.name: seen.update({name: output}))
+    for module, _ in dropouts(model):
+        module.register_forward_hook(lambda module, args, output: seen.update({module: output}))
     model.train()(x)
     assert len(seen) == 5
     for output in seen.values():  # b n c
@@ -121,14 +129,14 @@ def test_every_site_drops_its_channels():
     ],
 )
 def test_at_is_that_of_wrap(at, names):
-    model = add_dropout(built("resnet")[0], 0.2, at=at)
-    assert {hook.site.name for _, _, hook in dropouts(model)} == names
+    model, x = built("resnet")
+    assert set(dropped_at(add_dropout(model, 0.2, at=at), x, at)) == names
 
 
 def test_layouts_and_inputs_are_those_of_wrap():
     model = Net(lambda net, x: net.f(x), f=nn.Linear(6, 6))
     add_dropout(model, 0.2, ["f"], example_input=torch.randn(2, 5, 6), layouts={"f": "b ... c"})
-    assert [hook.site.layout for _, _, hook in dropouts(model)] == ["b ... c"]
+    assert [step.layout for _, step in dropouts(model)] == ["b ... c"]
 
 
 def test_copies_and_pickles_carry_it():
@@ -169,7 +177,7 @@ def test_it_compiles_without_a_break(training):
 def test_it_exports():
     model, x = built("vit")
     expected = outputs(add_dropout(model, 0.2), x)
-    assert_same([torch.export.export(model, (x,)).module()(x).detach()], expected)
+    assert_same_math(torch.export.export(model, (x,)).module()(x).detach(), expected[0])
 
 
 # Beside attention --------------------------------------------------------------------------------------------------------
@@ -181,14 +189,14 @@ def test_wrap_and_add_dropout_come_in_either_order():
     for first, second in ((wrap, lambda m: add_dropout(m, 0.2)), (lambda m: add_dropout(m, 0.2), wrap)):
         model, x = built("resnet")
         second(first(model))
-        for found in (list(m._forward_hooks.values()) for m in model.modules() if m._forward_hooks):
-            assert [type(hook) for hook in found] in ([DropoutHook, AttentionHook], [AttentionHook])
+        for module in model.modules():
+            assert [type(step) for step in vars(module).get(STEPS, ())] in ([DropoutStep, Refinement], [])
         assert len(list(dropouts(model))) == 5
         torch.manual_seed(0)
         perturb_(model)
         results.append((list(model.state_dict()), uncertainty(model, x)))
         remove_dropout(model)
-        assert len(list(hooks(model))) == 5
+        assert len(list(refinements(model))) == 5
     assert results[0][0] == results[1][0]
     assert_same_bits(results[0][1], results[1][1])
 
@@ -216,7 +224,7 @@ def test_backbones_keep_it_in_a_fused_network(before):
 
 
 def test_a_fused_network_drops_around_its_stages_too():
-    """The hook on a module that the network is cut within."""
+    """What is carried by a module that the network is cut within."""
     body = Net(lambda net, x: net.two(net.one(x)), one=conv(3), two=conv())
     backbone = Net(lambda net, x: net.body(x).mean((2, 3)), body=body)
     x = torch.randn(2, 3, 8, 8)
@@ -240,13 +248,13 @@ def test_a_second_time_is_refused_until_it_is_removed():
     add_dropout(model, 0.1)
     with pytest.raises(ValueError, match=r"ResNet has been given dropout already: drifa_attn\.remove_dropout\(model\) first"):
         add_dropout(model, 0.2)
-    assert [hook.p for _, _, hook in dropouts(model)] == [0.1] * 5
+    assert [step.p for _, step in dropouts(model)] == [0.1] * 5
     add_dropout(remove_dropout(model), 0.2)
-    assert [hook.p for _, _, hook in dropouts(model)] == [0.2] * 5
+    assert [step.p for _, step in dropouts(model)] == [0.2] * 5
 
 
 def test_removing_none_is_refused():
-    with pytest.raises(ValueError, match="ResNet holds no dropout of add_dropout"):
+    with pytest.raises(ValueError, match="ResNet holds no dropout that add_dropout put there"):
         remove_dropout(timm.create_model("test_resnet", drop_rate=0.5))
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from drifa_attn import add_dropout, ensemble, mc_dropout, wrap
 from tests._compare import assert_same_bits, assert_same_math
-from tests.network.test_survey import built
-from tests.network.test_trace import Net
+from tests.networks import Net, built
 from tests.uncertainty.test_estimate import X, assert_same_result, modes, net, seeded, spread
 
 
@@ -130,7 +129,7 @@ def test_what_is_no_dropout_stays_off_and_a_model_without_any_is_refused(kind):
 
 def test_a_member_without_dropout_is_named():
     with pytest.raises(ValueError, match="ensemble, member 1, found no active dropout"):
-        ensemble([net(), net(p=0.0)], X, samples=2)
+        ensemble([net(), net(p=0.0)], X, passes=2)
 
 
 def test_wrapped_networks_work():

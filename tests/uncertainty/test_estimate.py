@@ -15,7 +15,7 @@ from torch import nn
 from drifa_attn import Uncertainty, add_dropout, ensemble, fuse, mc_dropout
 from drifa_attn.uncertainty.estimate import random_sources
 from tests._compare import assert_close_rel, assert_same_bits, assert_same_math, exact
-from tests.network.test_survey import built
+from tests.networks import built
 from tests.strategies import SEEDS
 
 FIELDS = [field.name for field in dataclasses.fields(Uncertainty)]
@@ -167,7 +167,7 @@ def test_an_ensemble_of_samples_takes_all_passes_of_every_member():
     """Member by member, the draws those of training mode under the same seed."""
     models = [net(p) for p in (0.2, 0.5, 0.8)]
     torch.manual_seed(3)
-    result = ensemble(models, X, samples=4)
+    result = ensemble(models, X, passes=4)
     torch.manual_seed(3)
     with torch.no_grad():
         by_hand = torch.stack([drawn(model) for model in models for _ in range(4)])
@@ -226,9 +226,9 @@ def test_modes_statistics_weights_and_random_state_are_as_before(run, fails):
     before, kept, state = modes(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
     if fails:
         with pytest.raises(RuntimeError, match="third pass"):
-            run(given, X, samples=4, generator=seeded())
+            run(given, X, passes=4, generator=seeded())
     else:
-        run(given, X, samples=4, generator=seeded())
+        run(given, X, passes=4, generator=seeded())
     assert (modes(model), len(calls)) == (before, 3 if fails else 4)
     assert len(set(before)) == 2  # or nothing would tell that each module has its own
     for name, value in model.state_dict().items():
@@ -244,7 +244,7 @@ def test_members_may_share_a_part():
     body.train()
     body[1].eval()
     before = [modes(model) for model in models]
-    ensemble(models, X, samples=2)
+    ensemble(models, X, passes=2)
     assert [modes(model) for model in models] == before
 
 

@@ -8,15 +8,15 @@ from tests.uncertainty.test_estimate import Heads, Says, X, members, net
 
 BAD = {
     "one sample": (lambda: mc_dropout(net(), X, 1), ValueError, r"mc_dropout expected at least 2 passes in all, got 1"),
-    "no sample": (lambda: mc_dropout(net(), X, 0), ValueError, r"mc_dropout expected samples to be an integer >= 1, got 0"),
-    "half": (lambda: mc_dropout(net(), X, 2.5), ValueError, r"mc_dropout expected samples to be an integer >= 1, got 2\.5"),
+    "no sample": (lambda: mc_dropout(net(), X, 0), ValueError, r"mc_dropout expected passes to be an integer >= 1, got 0"),
+    "half": (lambda: mc_dropout(net(), X, 2.5), ValueError, r"mc_dropout expected passes to be an integer >= 1, got 2\.5"),
     "no member": (lambda: ensemble([], X), ValueError, r"ensemble expected at least 2 passes in all, got 0"),
     "one member": (lambda: ensemble([net()], X), ValueError, r"ensemble expected at least 2 passes in all, got 1"),
-    "one pass": (lambda: ensemble([net()], X, samples=1), ValueError, r"ensemble expected at least 2 passes in all, got 1"),
+    "one pass": (lambda: ensemble([net()], X, passes=1), ValueError, r"ensemble expected at least 2 passes in all, got 1"),
     "ensemble of none": (
         lambda: ensemble([net()], X, 0),
         ValueError,
-        r"ensemble expected samples to be an integer >= 1, got 0",
+        r"ensemble expected passes to be an integer >= 1, got 0",
     ),
     "a model": (lambda: ensemble(net(), X), TypeError, r"expected a list of members, got one Sequential: .* mc_dropout"),
     "a name": (lambda: mc_dropout("resnet", X), TypeError, r"mc_dropout expected an nn\.Module, got str"),
@@ -43,7 +43,7 @@ BAD = {
     "no class": (lambda: ensemble(members(torch.randn(2, 5, 0)), X), ValueError, r"k >= 2, got \(5, 0\)"),
     "maps": (lambda: ensemble(members(torch.randn(2, 5, 3, 4, 4)), X), ValueError, r"k >= 2, got \(5, 3, 4, 4\)"),
     "classes": (lambda: ensemble(members(torch.ones(2, 5, 3).long()), X), TypeError, r"floating-point .*, got torch\.int64"),
-    "text": (lambda: ensemble([Says("a"), Says("b")], X), TypeError, r"one floating-point tensor \(b k\) a head, got str"),
+    "text": (lambda: ensemble([Says("a"), Says("b")], X), TypeError, r"one floating-point tensor \(b k\) per head, got str"),
     "nothing": (lambda: ensemble([Says({}), Says({})], X), ValueError, r"expected logits from the model, got none: \{\}"),
     "head": (
         lambda: ensemble([Says({"a": torch.randn(5)}), Says({"a": torch.randn(5)})], X),

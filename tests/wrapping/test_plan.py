@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from drifa_attn import MFA, plan, wrap
-from drifa_attn.network.trace import meta_clone
-from drifa_attn.wrapping.plan import count, share
-from tests.network.test_survey import MAPS, TOKENS, built, planned
-from tests.network.test_trace import Net, conv
-from tests.wrapping.test_wrap import refused
+from drifa_attn.attention import Spec
+from drifa_attn.network.copies import meta_clone
+from drifa_attn.wrapping.table import count, share
+from tests._wrapping import refused
+from tests.networks import MAPS, TOKENS, Net, built, conv, planned
 
 IMAGE = torch.empty(2, 8, 16, 16)
 
@@ -69,7 +69,7 @@ def test_plan_selects_what_was_asked_for_in_calling_order(arguments, expected, b
 def test_paper_variant_is_dense_with_paper_init():
     model = torchvision.models.resnet18()
     chosen = plan(model, variant="paper")
-    assert (chosen.reduction, chosen.init, len(chosen.sites)) == (None, "paper", 16 + 8)
+    assert (chosen.spec, len(chosen.sites)) == (Spec("mfa", {"reduction": None, "init": "paper"}), 16 + 8)
     for site in chosen.sites:
         assert site.params == sum(p.numel() for p in MFA(site.channels).parameters())
     attentions = [m for m in wrap(model, variant="paper").modules() if isinstance(m, MFA)]
@@ -85,6 +85,11 @@ def test_convolutions_outside_blocks_unnormed_or_at_one_position_are_left_out():
     chosen = plan(Net(lambda net, x: net.block(net.stem(x)), stem=stem, block=block), "conv", example_input=IMAGE)
     assert names(chosen) == ["block.a"]
 
+
+UNREAD, CLASS_TOKEN = (
+    "the network's result does not depend on this output",
+    "the network reads only the class token of this output",
+)
 
 STATED = {
     "vit_b_16": (torchvision.models.vit_b_16, "stage", 11, 1),
@@ -150,17 +155,17 @@ KINDS = ("params", "flops")
 def test_print_shows_every_site_every_skip_and_the_totals():
     chosen = planned("coat", "block")
     lines = str(chosen).splitlines()
-    assert lines[0] == "CoaT, at='block', reduction=16, init=\"identity\""
+    assert lines[0] == "CoaT, at='block', attention=mfa(reduction=16, init=\"identity\")"
     assert lines[1].split() == ["site", "features", "layout", "channels", "params", "FLOPs"]
     for line, site in zip(lines[2:], chosen.sites, strict=False):
         words = line.split()
         assert words[:2] == [site.name, "×".join(map(str, site.shape))]
-        assert f"{site.layout}, prefix {site.num_prefix_tokens}  " in line
+        assert f"{site.layout}, {site.num_prefix_tokens} prefix tokens  " in line
         assert words[-2:] == f"{count(site.params)} {count(site.flops)}".split()[-2:] or len(words) > 6
     params, flops = (sum(getattr(site, what) for site in chosen.sites) for what in KINDS)
     assert lines[2 + len(chosen.sites)] == (
         f"{len(chosen.sites)} sites add {count(params)} parameters ({share(params, chosen.params)} of {count(chosen.params)}) "
-        f"and {count(flops)} FLOPs a sample ({share(flops, chosen.flops)} of {count(chosen.flops)})"
+        f"and {count(flops)} FLOPs per sample ({share(flops, chosen.flops)} of {count(chosen.flops)})"
     )
     assert lines[3 + len(chosen.sites) :] == [f"skipped {name}: {reason}" for name, reason in chosen.skipped]
     assert chosen.skipped
@@ -220,14 +225,14 @@ HEAD = {"head": nn.Linear(8, 2)}
 LEFT_OUT = {
     "called twice": (lambda: Net(shared, once=Block(), twice=Block(), **HEAD), ["once"], "twice", "it is called 2 times"),
     "shared": (alias, ["once"], "twice", "it is called 2 times in one forward"),
-    "discarded": (lambda: Net(discarded, dead=Block(), live=Block(), **HEAD), ["live"], "dead", "its output is discarded"),
+    "discarded": (lambda: Net(discarded, dead=Block(), live=Block(), **HEAD), ["live"], "dead", UNREAD),
     "discarded leaf": (
         lambda: Net(lambda net, x: net.head(net.two(x)[1].mean((2, 3))), two=Branches(), **HEAD),
         ["two.b"],
         "two.a",
-        "its output is discarded: the network's result does not depend on it",
+        "the network's result does not depend on this output",
     ),
-    "patch tokens": (transformer, ["layers.0", "layers.1"], "layers.2", "all but its 1 prefix tokens are discarded"),
+    "patch tokens": (transformer, ["layers.0", "layers.1"], "layers.2", CLASS_TOKEN),
 }
 
 
@@ -244,7 +249,7 @@ def test_only_the_live_leaf_of_an_output_is_a_site():
     net = Net(lambda net, x: net.head(net.two(x)[1].mean((2, 3))), two=Branches(), **HEAD)
     chosen = plan(net, ["two"], example_input=IMAGE)
     assert names(chosen) == ["two[1]"]
-    assert chosen.skipped == (("two", "[0] its output is discarded: the network's result does not depend on it"),)
+    assert chosen.skipped == (("two", "[0] the network's result does not depend on this output"),)
 
 
 # Layouts, inputs ---------------------------------------------------------------------------------------------------------

@@ -1,96 +1,28 @@
 import copy
-from contextlib import contextmanager
-from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
-from drifa_attn import MFA, attention_maps, attention_parameters, disabled, freeze_backbone, plan, unwrap, wrap
+from drifa_attn import attention_parameters, disabled, freeze_backbone, gates, plan, unwrap, wrap
 from drifa_attn.trees import replace_tensor
-from drifa_attn.wrapping.inject import hooks
 from tests._compare import assert_same_bits, assert_same_math
-from tests.cases import perturb_
-from tests.network.test_survey import NETWORKS, built, planned
-from tests.network.test_trace import Net, conv
-
-EVERY = pytest.mark.parametrize("name", NETWORKS)
-WAYS = pytest.mark.parametrize("at", ["stage", "block"])
-
-
-@cache
-def wrapped_once(name, at):
-    model, x = built(name)
-    return wrap(model, at, example_input=x)
-
-
-def wrapped(name, at="stage"):
-    """A network of the list in eval mode with attention that does something, and an input for it."""
-    model, x = copy.deepcopy(wrapped_once(name, at)), built(name)[1]
-    for attention in (m for m in model.modules() if isinstance(m, MFA)):
-        perturb_(attention)
-    return model, x
-
-
-def awaken_(model):
-    """Give weight to what starts at zero: a zero head or norm hides whatever is behind it."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-
-
-def features(model, x):
-    """What the network makes before its head, or its output where it does not say."""
-    found = model.forward_features(x) if hasattr(model, "forward_features") else model(x)
-    return [found] if isinstance(found, torch.Tensor) else list(found)
-
-
-def training_step(model, x):
-    """The output of a copy in training mode under one seed, and the buffers it left."""
-    model = copy.deepcopy(model).train()
-    torch.manual_seed(2)
-    return [model(x), *model.buffers()]
-
-
-def assert_same(actual, expected):
-    for one, other in zip(actual, expected, strict=True):
-        assert_same_bits(one, other)
-
-
-def registered(model):
-    """Every module of a network with its mode and what is registered on it."""
-    return {
-        name: (id(m), m.training, *(list(known) for known in (m._forward_hooks, m._forward_pre_hooks, m._modules, m._buffers)))
-        for name, m in model.named_modules()
-    }
-
+from tests._wrapping import (
+    EVERY,
+    WAYS,
+    assert_same,
+    awaken_,
+    check_round_trip,
+    counted,
+    features,
+    refinements,
+    refused,
+    registered,
+    wrapped,
+)
+from tests.networks import Net, built, conv, planned
 
 # The start, and back -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def check_round_trip(model, x, **arguments):
-    """Wrap and unwrap; nothing may change but what is added, and that is gone in the end."""
-    original, kind, keys, before = copy.deepcopy(model), type(model), list(model.state_dict()), registered(model)
-    expected_step = training_step(original, x)
-    assert wrap(model, example_input=x, **arguments) is model
-    assert type(model) is kind
-    after = registered(model)
-    assert all(after[name][:2] == before[name][:2] for name in before)
-    attentions = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, MFA)}
-    added = {f"{name}.{key}" for name in attentions for key in model.get_submodule(name).state_dict()}
-    assert [key for key in model.state_dict() if key not in added] == keys
-    missing, unexpected = model.load_state_dict(original.state_dict(), strict=False)
-    assert (set(missing), unexpected) == (added, [])
-    assert_same(training_step(model, x), expected_step)
-    model.eval(), original.eval()
-    expected = [original(x), *features(original, x)]
-    assert_same([model(x), *features(model, x)], expected)
-    modes = {name: m.training for name, m in original.named_modules()}
-    assert unwrap(model) is model
-    assert list(model.state_dict()) == keys
-    assert registered(model) == {name: (i, modes[name], *rest) for name, (i, _, *rest) in before.items()}
-    assert_same([model(x), *features(model, x)], expected)
 
 
 @WAYS
@@ -129,16 +61,6 @@ def test_unwrap_takes_the_paper_start_out_and_wrap_works_again(arguments):
 # What attention does -----------------------------------------------------------------------------------------------------
 
 
-def counted(model):
-    """How often each attention runs, whoever runs it, counted from now on."""
-    counts = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MFA):
-            counts[name] = 0
-            module.register_forward_hook(lambda *_, name=name: counts.__setitem__(name, counts[name] + 1))
-    return counts
-
-
 @WAYS
 @EVERY
 @torch.no_grad()
@@ -155,12 +77,17 @@ def test_every_site_fires_exactly_once(name, at):
     assert set(counts.values()) == {2}, counts
 
 
+def place(site):
+    """What a site says, whatever else its class says."""
+    return site.module, site.path, site.channels, site.layout, site.num_prefix_tokens, site.shape
+
+
 def gained(t, site, attention):
     """The equation of a site's attention, its layout by hand."""
     maps = t if site.layout == "b c ..." else t[:, site.num_prefix_tokens :].movedim(-1, 1)
     plain = copy.copy(attention)
     plain.layout, plain.num_prefix_tokens = "b c ...", 0
-    factor = 1 + attention.strength * (plain.attention(maps) * attention.alpha - 1)
+    factor = 1 + attention.strength * (plain.gates(maps) * attention.alpha - 1)
     maps = maps * factor[(..., *[None] * (maps.ndim - 2))]
     return maps if site.layout == "b c ..." else torch.cat([t[:, : site.num_prefix_tokens], maps.movedim(1, -1)], 1)
 
@@ -170,8 +97,8 @@ def gained(t, site, attention):
 @torch.no_grad()
 def test_attention_changes_its_sites_and_nothing_else(name, at):
     (model, x), (original, _), (other, _) = wrapped(name, at), built(name), built(name)
-    ours = list(hooks(model))
-    assert [hook.site for hook in ours] == sorted(planned(name, at).sites, key=[hook.site for hook in ours].index)
+    ours = list(refinements(model))
+    assert {place(hook.site) for hook in ours} == {place(site) for site in planned(name, at).sites}
     for hook in ours:
         other.get_submodule(hook.site.module).register_forward_hook(
             lambda _, args, output, h=hook: replace_tensor(output, h.site.path, lambda t: gained(t, h.site, h.attention))
@@ -188,7 +115,7 @@ def test_every_attention_parameter_learns(name, at):
     awaken_(model)
     logits = model(x)
     (logits * torch.randn(logits.shape)).sum().backward()
-    for hook in hooks(model):
+    for hook in refinements(model):
         for key, parameter in hook.attention.named_parameters():
             assert parameter.grad is not None, f"{hook.site.name} {key} is not reached"
             assert parameter.grad.isfinite().all(), f"{hook.site.name} {key}"
@@ -222,12 +149,12 @@ def test_disabled_gives_the_original_network_and_comes_back(name, at):
 
 @WAYS
 @EVERY
-def test_attention_maps_are_the_gates_of_the_sites(name, at):
+def test_gates_are_the_gates_of_the_sites(name, at):
     model, x = wrapped(name, at)
     model.train()
     next(model.children()).eval()
     before, buffers = registered(model), [b.clone() for b in model.buffers()]
-    maps = attention_maps(model, x)
+    maps = gates(model, x)
     assert list(maps) == sorted((site.name for site in planned(name, at).sites), key=list(maps).index)
     for site in planned(name, at).sites:
         gate = maps[site.name]
@@ -239,25 +166,29 @@ def test_attention_maps_are_the_gates_of_the_sites(name, at):
     assert_same(model.buffers(), buffers)
 
 
-def test_attention_maps_take_what_the_network_takes():
+def test_gates_take_what_the_network_takes():
     model = Net(lambda net, *, image: net.f(image), f=conv())
     seen = []
     wrap(model, ["f"], example_input={"image": torch.randn(2, 8, 4, 4)}).train()
-    (hook,) = hooks(model)
+    (hook,) = refinements(model)
     hook.attention.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     before = registered(model)
-    gate = attention_maps(model, image=torch.randn(3, 8, 5, 5))["f"]
-    assert_same_bits(gate, hook.attention.attention(seen[0]).detach())
+    gate = gates(model, image=torch.randn(3, 8, 5, 5))["f"]
+    assert_same_bits(gate, hook.attention.gates(seen[0]).detach())
     with pytest.raises(TypeError, match="positional argument"):
-        attention_maps(model, torch.randn(3, 8, 5, 5))
+        gates(model, torch.randn(3, 8, 5, 5))
     assert registered(model) == before
 
 
-def test_attention_maps_of_a_disabled_network_are_still_its_gates():
+def test_gates_of_a_disabled_network_are_still_its_gates():
     model, x = wrapped("resnet")
-    expected = attention_maps(model, x)
+    expected = gates(model, x)
     with disabled(model):
-        assert attention_maps(model, x).keys() == expected.keys()
+        found = gates(model, x)
+        assert not any(attention.enabled for _, attention in refinements(model))
+    assert list(found) == list(expected)
+    assert_same(found.values(), expected.values())
+    assert all(attention.enabled for _, attention in refinements(model))
 
 
 @pytest.mark.parametrize("classifier", [True, False, "fc", ["fc", "layer4"], ("layer4.0",)], ids=str)
@@ -295,7 +226,7 @@ NEED_ATTENTION = {
     "unwrap": unwrap,
     "disabled": lambda model: disabled(model).__enter__(),
     "attention_parameters": attention_parameters,
-    "attention_maps": lambda model: attention_maps(model, torch.randn(1, 3, 64, 64)),
+    "gates": lambda model: gates(model, torch.randn(1, 3, 64, 64)),
     "freeze_backbone": freeze_backbone,
 }
 
@@ -306,7 +237,7 @@ def test_networks_without_attention_are_refused(function):
     model.train()
     before = registered(model)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"ResNet holds no attention: drifa_attn\.wrap\(model\) first"):
+        with pytest.raises(ValueError, match=r"ResNet holds no attention.*drifa_attn\.wrap\(model\)"):
             function(model)
         assert registered(model) == before
         assert all(p.requires_grad for p in model.parameters())
@@ -316,31 +247,16 @@ def test_networks_without_attention_are_refused(function):
 # Refusals ----------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def refused(model, x, error, message):
-    """The body raises, and the network is untouched."""
-    with torch.no_grad():
-        expected = copy.deepcopy(model).eval()(x)
-    before, state = registered(model), {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(error, match=message):
-        yield
-    assert registered(model) == before
-    assert list(model.state_dict()) == list(state)
-    assert_same(model.state_dict().values(), state.values())
-    with torch.no_grad():
-        assert_same_bits(copy.deepcopy(model).eval()(x), expected)
-
-
 BLIND = {
     "twice": (["twice"], r"no attention can go at 'twice': it is called 2 times in one forward"),
     "one of several": (["fine", "twice"], r"at 'twice': it is called 2 times"),
     "never": (["never"], r"at 'never': it is not called"),
-    "dead": (["dead"], r"at 'dead': its output is discarded: the network's result does not depend on it"),
+    "dead": (["dead"], r"at 'dead': the network's result does not depend on this output"),
     "shared": (["alias"], r"at= names no module of Net: \['alias'\]"),
     "scalar": (["scalar"], r"at 'scalar': its output is no floating-point feature: \(\)"),
-    "regex": ("twice|dead", r"Looked at:\n  twice: it is called 2 times in one forward\n  dead: its output is discarded"),
-    "block": ("block", r"Net has nothing .* at='block'. Looked at:\n  twice .*Conv2d"),
-    "conv": ("conv", r"has nothing that attention can go into with at='conv'"),
+    "regex": ("twice|dead", r"Looked at:\n  twice: it is called 2 times in one forward\n  dead: the network's result"),
+    "block": ("block", r"Net has no place .* at='block'. Looked at:\n  twice .*Conv2d"),
+    "conv": ("conv", r"has no place for attention with at='conv'"),
 }
 
 
@@ -392,8 +308,10 @@ def test_wrapped_parallel_compiled_and_other_things_are_refused(prepare, message
 
 
 def test_networks_with_nothing_to_wrap_are_refused_with_what_was_looked_at():
-    with pytest.raises(ValueError, match=r"Flatten has nothing .* Looked at:\n  no module: the network has none"):
+    with pytest.raises(ValueError, match=r"Flatten has no place .* Looked at:\n  the network has no submodules"):
         wrap(nn.Flatten())
     model, x = built("vit")
-    with refused(model, x, ValueError, r"VisionTransformer has nothing .* at='conv'. Looked at:\n  patch_embed \(PatchEmbed\)"):
+    with refused(
+        model, x, ValueError, r"VisionTransformer has no place .* at='conv'. Looked at:\n  patch_embed \(PatchEmbed\)"
+    ):
         wrap(model, "conv", example_input=x)
