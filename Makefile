@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint matrix bench kernels clean
+.PHONY: demo test test-elsewhere lint matrix bench kernels clean
 
 demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
@@ -10,7 +10,17 @@ demo: .venv/examples
 	$(BIN)/python -m examples.drifa_net.figures outputs/fuse/fuse-seed0
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow and not cuda"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not cuda"
+
+# The suite as other processors would run it, and with one and two threads.
+ELSEWHERE := OPENBLAS_CORETYPE=Haswell OPENBLAS_CORETYPE=SkylakeX OPENBLAS_CORETYPE=Zen ATEN_CPU_CAPABILITY=default \
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 OMP_NUM_THREADS=2
+
+test-elsewhere: .venv/dev
+	@status=0; for variation in $(ELSEWHERE); do \
+		result=$$(env $$variation $(MAKE) -s test 2>&1) || status=1; \
+		echo "$$variation: $$(echo "$$result" | tail -n 1)"; echo "$$result" | grep -E "^(FAILED|ERROR)" || true; \
+	done; exit $$status
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -18,7 +28,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 matrix: .venv/dev
-	$(BIN)/python -m pytest -m slow tests/test_matrix.py
+	$(BIN)/python -m benchmarks.matrix
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks bench
