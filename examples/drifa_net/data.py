@@ -173,21 +173,10 @@ def load(
 
     Raises: FileNotFoundError, ValueError: something of a collection is missing or not what it should be.
     """
-    for name, value, least in (("size", size, 1), ("seed", seed, 0)):
-        if not (name == "size" and value is None) and (type(value) is not int or value < least):
-            raise ValueError(f"load expected {name} to be an integer >= {least}, got {value!r}.")
-    if isinstance(paths, str | Path):
-        raise ValueError(f"load expected a list of paths, one for each branch, got {paths!r}: write [{str(paths)!r}].")
-    if kinds is not None and len(kinds) != len(paths):
-        raise ValueError(f"load expected a kind or None for each of {len(paths)} paths, got {list(kinds)}.")
+    check_load(paths, kinds, size, seed)
     if not paths:
         return digits(size or DIGITS_SIZE, seed, augmentation, cache)
-
-    branches: dict[str, Collection] = {}
-    for path, kind in zip(paths, kinds or [None] * len(paths), strict=True):
-        collection = read(path, kind)
-        times = sum(other.name == collection.name for other in branches.values())
-        branches[f"{collection.name}-{times + 1}" if times else collection.name] = collection
+    branches = collections(paths, kinds or [None] * len(paths))
     report: dict[str, Any] = {"seed": seed, "pairing": "by chance", "branches": {}}
     parts: dict[str, list[tuple[Images, np.ndarray]]] = {split: [] for split in SPLITS}
     for name, collection in branches.items():
@@ -207,6 +196,27 @@ def load(
         for key in SPLITS
     }
     return Data(tuple(branches), {name: c.classes for name, c in branches.items()}, **pairs, report=report)
+
+
+def check_load(paths: Any, kinds: Sequence[str | None] | None, size: int | None, seed: int) -> None:
+    """Raise a `ValueError` unless these are arguments of `load`."""
+    for name, value, least in (("size", size, 1), ("seed", seed, 0)):
+        if not (name == "size" and value is None) and (type(value) is not int or value < least):
+            raise ValueError(f"load expected {name} to be an integer >= {least}, got {value!r}.")
+    if isinstance(paths, str | Path):
+        raise ValueError(f"load expected a list of paths, one for each branch, got {paths!r}: write [{str(paths)!r}].")
+    if kinds is not None and len(kinds) != len(paths):
+        raise ValueError(f"load expected a kind or None for each of {len(paths)} paths, got {list(kinds)}.")
+
+
+def collections(paths: Sequence[str | Path], kinds: Sequence[str | None]) -> dict[str, Collection]:
+    """The collections by name; one that is given twice gets a number."""
+    branches: dict[str, Collection] = {}
+    for path, kind in zip(paths, kinds, strict=True):
+        collection = read(path, kind)
+        times = sum(other.name == collection.name for other in branches.values())
+        branches[f"{collection.name}-{times + 1}" if times else collection.name] = collection
+    return branches
 
 
 def digits(size: int, seed: int, augmentation: bool, cache: bool) -> Data:

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from rich.console import Console
+from rich.progress import track
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
@@ -276,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
     drawn = []
-    for name, draw in pictures.items():
+    for name, draw in track(pictures.items(), description="drawing, about a minute", console=console):
         if draw is draw_gates and not attentions(net):
             console.print("No gates.png: concat has none.")
             continue
