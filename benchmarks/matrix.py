@@ -129,9 +129,9 @@ def fused(family: str) -> dict[str, Any]:
         expected = pooled(model(x), net.outputs["a"])
         demand(torch.equal(net.features(inputs)["a"], expected), "fused, the features at the start are others")
         for refiner in net.refiners:
-            for strength in refiner.strengths:
-                strength.normal_(std=0.5)
-        demand(not torch.equal(net.features(inputs)["a"], expected), "the strengths move nothing")
+            for alpha in refiner.alphas:
+                alpha.add_(torch.randn_like(alpha), alpha=0.5)
+        demand(not torch.equal(net.features(inputs)["a"], expected), "the alphas move nothing")
     return {"fused": len(net.stages), "reason": ""}
 
 
@@ -171,7 +171,7 @@ def check_copy_trains(model: nn.Module, x: Tensor) -> None:
     trained = copy.deepcopy(model).train()
     with torch.no_grad():
         for _, attention in placed(trained):
-            attention.strength.normal_(std=0.5)
+            attention.alpha.add_(torch.randn_like(attention.alpha), alpha=0.5)
         for parameter in trained.parameters():  # zero-initialised heads and norms would hide what lies behind them
             if parameter.numel() and not parameter.any():
                 parameter.normal_(std=0.1)
@@ -184,7 +184,7 @@ def check_copy_trains(model: nn.Module, x: Tensor) -> None:
     names = {id(parameter): name for name, parameter in trained.named_parameters()}
     still = [names[id(p)] for p, b in zip(added, before, strict=True) if torch.equal(p, b) or not p.isfinite().all()]
     demand(not still, f"not trained: {still}")
-    demand(not any(attention.strength.any() for _, attention in placed(model)), "the copy is not independent")
+    demand(all(attention.is_start() for _, attention in placed(model)), "the copy is not independent")
 
 
 def report(found: dict[str, dict[str, Any]]) -> str:
@@ -202,11 +202,11 @@ def report(found: dict[str, dict[str, Any]]) -> str:
         "",
         f"- **{either} of {len(FAMILIES)} families** wrapped for real, each by its smallest architecture: "
         f'{wrapped["stage"]} at `at="stage"`, {wrapped["block"]} at `at="block"`. For each, the output is equal bit for bit at '
-        "the start, each site runs once, a deep copy is independent, a training step moves every added parameter (strengths "
+        "the start, each site runs once, a deep copy is independent, a training step moves every added parameter (alphas "
         "perturbed first), and `unwrap` gives back the original output and keys.",
         f"- **{planned} of {planned + len(refused)} architectures** planned, {len(refused)} refused with a reason.",
         f"- **{advanced} of {len(FAMILIES)} backbones** advanced by `fuse` in lockstep with another network: features are "
-        "equal bit for bit at the start, and others once the strengths move.",
+        "equal bit for bit at the start, and others once the alphas move.",
         "",
         "A result is `exact` when all of the first held. `fused` counts the stages at which MIFA read the network. The last "
         "column says what was skipped, and why.",

@@ -71,7 +71,7 @@ def put_peer(model: nn.Module, name: str) -> nn.Module:
 
 
 def network(name: str, way: str) -> nn.Module:
-    """A backbone, plain or refined; strengths are moved off zero, where attention would have no say."""
+    """A backbone, plain or refined; the gains are moved off one, where attention would have no say."""
     model = timm.create_model(name)
     if way == "plain":
         return model
@@ -79,8 +79,7 @@ def network(name: str, way: str) -> nn.Module:
     if way in PEERS:
         return put_peer(model, way)
     for _, attention in placed(model):
-        if attention.strength is not None:
-            nn.init.constant_(attention.strength, 0.5)
+        nn.init.constant_(attention.alpha, 3.0)
     return model
 
 

@@ -5,7 +5,19 @@ from .attention import CLIA, HIFA, MFA, MGIFA, MIFA, MLIFA, RRA
 from .files import load_attention, save_attention
 from .fusion import Fused, TaskLoss, fuse
 from .uncertainty import Uncertainty, add_dropout, ensemble, mc_dropout, remove_dropout
-from .wrapping import Plan, attention_parameters, disabled, freeze_backbone, gates, plan, unwrap, wrap
+from .wrapping import (
+    Plan,
+    attention_parameters,
+    calibrate,
+    disabled,
+    freeze_backbone,
+    gains,
+    gates,
+    parameter_groups,
+    plan,
+    unwrap,
+    wrap,
+)
 
 __version__ = "0.1.0"
 
@@ -23,15 +35,18 @@ __all__ = [
     "Uncertainty",
     "add_dropout",
     "attention_parameters",
+    "calibrate",
     "disabled",
     "ensemble",
     "freeze_backbone",
     "functional",
     "fuse",
+    "gains",
     "gates",
     "load_attention",
     "mc_dropout",
     "ops",
+    "parameter_groups",
     "plan",
     "remove_dropout",
     "save_attention",

@@ -11,6 +11,7 @@ is float64. Autocast never lowers either.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,15 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 Linear = tuple[Tensor, Tensor]
+
+
+class Statistics(NamedTuple):
+    """The mean (center) and the deviation (spread) of G and of L over a batch of real features, per channel: `d` each."""
+
+    global_center: Tensor
+    global_spread: Tensor
+    local_center: Tensor
+    local_spread: Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -110,29 +120,42 @@ def clia_info(p: Tensor, conv2: Linear) -> Tensor:
     return p + dense(p, conv2).sigmoid()
 
 
+def standardised(info: Tensor, center: Tensor, spread: Tensor) -> Tensor:
+    """`(info − center) / spread`: information `b d` with mean zero and deviation one over the data that was measured."""
+    return (info - center.to(info.dtype)) / spread.to(info.dtype)
+
+
 def fusion_gate(
-    global_info: Tensor, local_info: Tensor, global_scale: Tensor, local_scale: Tensor, expand: Linear | None = None
+    global_info: Tensor,
+    local_info: Tensor,
+    global_scale: Tensor,
+    local_scale: Tensor,
+    expand: Linear | None = None,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """The last step of MFA and MIFA, the gate: `a = σ(global_scale · G + local_scale · L)`.
 
-    With `expand`, a linear map takes the sum from the reduced width to the channels: `a = σ(lin(expand, …))`.
+    With `expand`, a linear map takes the sum from the reduced width to the channels: `a = σ(lin(expand, …))`. With
+    `statistics`, G and L are standardised before they are weighed.
 
-    Shape: G and L `b d`, global_scale `1`, local_scale `d` -> a `b c` (c = d without `expand`), in (0, 1).
-    Differs: `expand` is not in the paper.
+    Shape: G and L `b d`, global_scale `1`, local_scale and the statistics `d` -> a `b c` (c = d without `expand`), in (0, 1).
+    Differs: `expand` and `statistics` are not in the paper. Statistics of zeros and ones change no bit.
     """
     dtype = global_info.dtype
+    if statistics is not None:
+        global_info = standardised(global_info, statistics.global_center, statistics.global_spread)
+        local_info = standardised(local_info, statistics.local_center, statistics.local_spread)
     fused = global_scale.to(dtype) * global_info + local_scale.to(dtype) * local_info
     return (fused if expand is None else dense(fused, expand)).sigmoid()
 
 
-def gain(a: Tensor, alpha: Tensor, strength: Tensor | None = None) -> Tensor:
-    """The factor of each feature: `a · alpha`, or with an identity start `1 + strength · (a · alpha − 1)`.
+def gain(a: Tensor, alpha: Tensor) -> Tensor:
+    """The factor of each feature: `a · alpha`.
 
-    Shape: a `b c`, alpha and strength `c` -> `b c`. At strength 0 the factor is exactly 1.
-    Differs: `strength` is not in the paper; None is the paper.
+    Shape: a `b c`, alpha `c` -> `b c`. At a = σ(0) = ½ and alpha = 2 the factor is exactly 1.
+    Differs: none.
     """
-    factor = a * alpha.to(a.dtype)
-    return factor if strength is None else 1 + strength.to(a.dtype) * (factor - 1)
+    return a * alpha.to(a.dtype)
 
 
 def mfa(
@@ -144,18 +167,20 @@ def mfa(
     *,
     squeeze: Linear | None = None,
     expand: Linear | None = None,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """The gate of multi-branch fusion attention (Fig. 2): `a = σ(global_scale · HIFA(x) + local_scale · CLIA(x))`.
 
     The attended features are `y = x · gain(a, alpha)`. With `squeeze` (c -> d), HIFA and CLIA read `lin(squeeze, x)`.
 
     Shape: x `b c n` -> a `b c`, in (0, 1).
-    Differs: `squeeze` and `expand` are not in the paper; None is the paper.
+    Differs: `squeeze`, `expand` and `statistics` are not in the paper; None is the paper.
     """
     with without_autocast(x):
         x = as_map(x)
         z = x if squeeze is None else lin(x, squeeze)
-        return fusion_gate(hifa(z, *hifa_weights), clia(z, *clia_weights), global_scale, local_scale, expand)
+        global_info, local_info = hifa(z, *hifa_weights), clia(z, *clia_weights)
+        return fusion_gate(global_info, local_info, global_scale, local_scale, expand, statistics)
 
 
 def pool_modalities(xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
@@ -207,6 +232,7 @@ def mifa(
     present: Tensor | None = None,
     squeezes: Sequence[Linear] | None = None,
     expands: Sequence[Linear] | None = None,
+    statistics: Statistics | None = None,
 ) -> list[Tensor]:
     """The gates of multimodal information fusion attention (Fig. 3): `a = σ(global_scale · G + local_scale · L)`.
 
@@ -215,13 +241,13 @@ def mifa(
     absent modality, even NaN, affect neither gates nor gradients.
 
     Shape: m tensors x_i `b c_i n_i`, present `b m` -> m gates a_i `b c_i`, in (0, 1).
-    Differs: `present`, `squeezes` and `expands` are not in the paper; None is the paper.
+    Differs: `present`, `squeezes`, `expands` and `statistics` are not in the paper; None is the paper.
     """
     with without_autocast(xs[0]):
         xs = mask_absent([as_map(x) for x in xs], present)
         zs = xs if squeezes is None else [lin(x, squeeze) for x, squeeze in zip(xs, squeezes, strict=True)]
         global_info, local_info = mgifa(zs, mgifa_dense, present), mlifa(zs, mlifa_convs, present)
-        return fusion_gates(global_info, local_info, global_scale, local_scale, expands, len(xs))
+        return fusion_gates(global_info, local_info, global_scale, local_scale, expands, statistics, modalities=len(xs))
 
 
 def fusion_gates(
@@ -230,9 +256,12 @@ def fusion_gates(
     global_scale: Tensor,
     local_scale: Tensor,
     expands: Sequence[Linear] | None,
+    statistics: Statistics | None,
+    *,
     modalities: int,
 ) -> list[Tensor]:
     """One gate per modality from the information that they share: the same gate, or with `expands` one of its own."""
+    fused = global_info, local_info, global_scale, local_scale
     if expands is None:
-        return [fusion_gate(global_info, local_info, global_scale, local_scale)] * modalities
-    return [fusion_gate(global_info, local_info, global_scale, local_scale, expand) for expand in expands]
+        return [fusion_gate(*fused, statistics=statistics)] * modalities
+    return [fusion_gate(*fused, expand, statistics) for expand in expands]

@@ -46,10 +46,15 @@ def assert_golden(actual, expected, file, name):
 
 
 def assert_same_bits(actual, expected):
-    """Assert equality bit for bit, NaN equal to NaN. Only for equal instructions on equal operands: two products may differ."""
+    """Assert equality bit for bit, signs of zeros too, NaN equal to NaN.
+
+    Only for equal instructions on equal operands: two products may differ.
+    """
     assert actual.dtype == expected.dtype
     assert torch.equal(actual.nan_to_num(nan=7.25), expected.nan_to_num(nan=7.25))
     assert torch.equal(actual.isnan(), expected.isnan())
+    if actual.is_floating_point():
+        assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
 
 
 def assert_no_worse(actual, reference, expected, factor):

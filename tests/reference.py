@@ -48,19 +48,21 @@ def clia(w, x):
     return p + sigmoid(lin(w, "conv2", p))
 
 
+def weighed(w, global_info, local_info):
+    if "global_center" in w:
+        global_info = (global_info - w["global_center"]) / w["global_spread"]
+        local_info = (local_info - w["local_center"]) / w["local_spread"]
+    return w["global_scale"] * global_info + w["local_scale"] * local_info
+
+
 def mfa_gate(w, x):
     z = lin(w, "squeeze", x) if "squeeze.weight" in w else x
-    fused = w["global_scale"] * hifa(sub(w, "hifa."), z) + w["local_scale"] * clia(sub(w, "clia."), z)
+    fused = weighed(w, hifa(sub(w, "hifa."), z), clia(sub(w, "clia."), z))
     return sigmoid(lin(w, "expand", fused) if "expand.weight" in w else fused)
 
 
-def attended(x, gate, alpha, strength):
-    gain = gate * alpha
-    return times(x, gain if strength is None else 1 + strength * (gain - 1))
-
-
 def mfa(w, x):
-    return attended(x, mfa_gate(w, x), w["alpha"], w.get("strength"))
+    return times(x, mfa_gate(w, x) * w["alpha"])
 
 
 # Fig. 3: one sample at a time, with the list of the modalities it has
@@ -93,14 +95,14 @@ def mlifa(w, xs, present=None):
 def mifa_gates(w, xs, present=None):
     wide = "squeezes.0.weight" in w
     zs = [lin(w, f"squeezes.{i}", x) for i, x in enumerate(xs)] if wide else xs
-    fused = w["global_scale"] * mgifa(sub(w, "mgifa."), zs, present) + w["local_scale"] * mlifa(sub(w, "mlifa."), zs, present)
+    fused = weighed(w, mgifa(sub(w, "mgifa."), zs, present), mlifa(sub(w, "mlifa."), zs, present))
     return [sigmoid(lin(w, f"expands.{i}", fused) if wide else fused) for i in range(len(xs))]
 
 
 def mifa(w, xs, present=None):
     ys = []
     for i, (x, gate) in enumerate(zip(xs, mifa_gates(w, xs, present), strict=True)):
-        y = attended(x, gate, w[f"alphas.{i}"], w.get(f"strengths.{i}"))
+        y = times(x, gate * w[f"alphas.{i}"])
         ys.append(y if present is None else np.where(present[:, i].reshape(-1, *[1] * (x.ndim - 1)), y, x))
     return ys
 

@@ -142,13 +142,23 @@ def test_autocast_lowers_no_equation(lower, device):
         assert_same_bits(gate, shared)
 
 
-def test_gain_is_the_factor_or_its_strength(device):
+def test_gain_is_exactly_one_at_the_identity_start(device):
     a, alpha = torch.rand(3, 7, device=device), torch.randn(7, device=device)
     assert_same_bits(functional.gain(a, alpha), a * alpha)
-    assert_same_bits(functional.gain(a, alpha, torch.zeros(7, device=device)), torch.ones(3, 7, device=device))
-    assert_same_math(functional.gain(a, alpha, torch.ones(7, device=device)), a * alpha)
-    half = torch.full((7,), 0.5, device=device)
-    assert_same_math(functional.gain(a, alpha, half), 0.5 + 0.5 * a * alpha)
+    half = torch.zeros(3, 7, device=device).sigmoid()
+    assert_same_bits(functional.gain(half, torch.full((7,), 2.0, device=device)), torch.ones(3, 7, device=device))
+
+
+def test_statistics_of_zeros_and_ones_change_no_bit(device):
+    """So a layer that is not calibrated is the paper's equation."""
+    info = [torch.rand(3, 7, device=device) for _ in range(2)]
+    scales = torch.randn(1, device=device), torch.randn(7, device=device)
+    zeros, ones = torch.zeros(7, device=device), torch.ones(7, device=device)
+    plain = functional.fusion_gate(*info, *scales)
+    assert_same_bits(functional.fusion_gate(*info, *scales, statistics=functional.Statistics(zeros, ones, zeros, ones)), plain)
+    moved = functional.Statistics(ones, ones / 4, zeros, ones * 2)
+    expected = (scales[0] * 4 * (info[0] - 1) + scales[1] * info[1] / 2).sigmoid()
+    assert_same_math(functional.fusion_gate(*info, *scales, statistics=moved), expected)
 
 
 def test_mifa_gate_is_one_tensor_at_equal_channels(device):

@@ -7,16 +7,39 @@ from torch import Tensor, nn
 
 from drifa_attn import functional, ops
 from drifa_attn.checks import Init, check_count, check_init
-from drifa_attn.functional import Linear
+from drifa_attn.functional import Linear, Statistics
 from drifa_attn.layout import Layout, Place, check_features, check_layout, positions
 
-from .refines import ATTENTIONS, Refines, Spec
-from .start import glorot_, reduced_width
+from .refines import Refines, Spec
+from .start import check_samples, fit_, fit_statistics_, fit_vectors_, glorot_, is_start, reduced_width, start_, wide
 
 
 def pair(linear: Any) -> Any:
     """The weight and bias of a linear map, as `functional` takes them; None for None."""
     return None if linear is None else (linear.weight, linear.bias)
+
+
+def add_statistics(layer: nn.Module, width: int, init: Init, **factory: Any) -> None:
+    """Give a layer the four buffers of `Statistics`; a layer with the paper's start has none."""
+    for name in Statistics._fields:
+        layer.register_buffer(name, None if init == "paper" else torch.empty(width, **factory))
+
+
+def statistics(layer: Any) -> Statistics | None:
+    """The four buffers of a layer, as `functional` takes them."""
+    if layer.global_center is None:
+        return None
+    return Statistics(layer.global_center, layer.global_spread, layer.local_center, layer.local_spread)
+
+
+def unfitted(layer: Any) -> Statistics:
+    """The buffers that calibration fills, or a `ValueError` for a layer that is not at the identity start."""
+    owner, buffers = type(layer).__name__, statistics(layer)
+    if buffers is None:
+        raise ValueError(f'{owner}.calibrate expected init="identity", got "paper": build the layer with the identity start.')
+    if not layer.is_start():
+        raise ValueError(f"{owner}.calibrate expected a layer at its start, got one whose gain is not one: build a new one.")
+    return buffers
 
 
 class HIFA(nn.Module):
@@ -60,6 +83,17 @@ class HIFA(nn.Module):
         with functional.without_autocast(x):
             return functional.hifa(positions(x, "b c ..."), *self.weights())
 
+    def calibrate(self, x: Tensor) -> Tensor:
+        """Fit each map to what it reads, one after another, for features `b c n`; the information G `b c` afterwards."""
+        h1 = fit_(self.conv1, x).sigmoid_()
+        h2 = fit_(self.conv2, h1).sigmoid_()
+        u = functional.pool_mean(h1) + functional.pool_max(h2)
+        h3 = fit_(self.conv3, h1.add_(h2)).sigmoid_()
+        del h1, h2
+        h4 = fit_(self.conv4, h3).sigmoid_()
+        v = functional.pool_mean(h3) + functional.pool_max(h4)
+        return fit_vectors_(self.dense, torch.cat([u, v], dim=1)).sigmoid()
+
     def extra_repr(self) -> str:
         return f"{self.channels}"
 
@@ -99,6 +133,11 @@ class CLIA(nn.Module):
         with functional.without_autocast(x):
             return functional.clia(positions(x, "b c ..."), *self.weights())
 
+    def calibrate(self, x: Tensor) -> Tensor:
+        """Fit each map to what it reads, one after another, for features `b c n`; the information L `b c` afterwards."""
+        p = functional.pool_mean(fit_(self.conv1, x).sigmoid_())
+        return p + fit_vectors_(self.conv2, p).sigmoid()
+
     def extra_repr(self) -> str:
         return f"{self.channels}"
 
@@ -108,15 +147,17 @@ class MFA(Refines, nn.Module):
 
         a = σ(global_scale · HIFA(x) + local_scale · CLIA(x))        y = x · a · alpha
 
-    `init="identity"` adds a learned `strength` that starts at zero: `y = x · (1 + strength · (a · alpha − 1))`. The output
-    equals the input bit for bit until training changes `strength`. `reduction=r` works at width `d = max(c // r, 8)`:
+    `init="identity"` starts where the gain `a · alpha` is exactly one: alpha is two and what σ reads is zero. The output equals
+    the input bit for bit until training moves the weights. G and L are then standardised by four buffers, mean and deviation of
+    each, which are zeros and ones until `calibrate` measures them. `reduction=r` works at width `d = max(c // r, 8)`:
     `z = lin(squeeze, x)`, HIFA and CLIA read z, and `a = σ(lin(expand, …))`. timm can build it into a network:
     `timm.create_model("resnet18", block_args=dict(attn_layer=drifa_attn.MFA))`. While `enabled` is False, y is x.
 
     Args:
         channels: channels of the features, >= 1.
         reduction: None for the paper's width (8c² + 9c + 1 parameters), or an integer >= 1.
-        init: "paper" (Glorot-uniform weights, zero biases, scales and alpha one) or "identity" (the same, and strength zero).
+        init: "paper" (Glorot-uniform weights, zero biases, scales and alpha one) or "identity" (the same, but alpha two, and
+            `expand`, or without a reduction the scales, zero).
         layout: "b c ..." (maps, volumes, sequences, vectors) or "b ... c" (channels-last maps, tokens).
         num_prefix_tokens: leading tokens of a `b n c` input that are left out of the pooling and pass unchanged, >= 0.
 
@@ -154,38 +195,64 @@ class MFA(Refines, nn.Module):
         self.global_scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.local_scale = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         self.alpha = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.strength: nn.Parameter | None = None
-        if init == "identity":
-            self.strength = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        add_statistics(self, width, init, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set all weights to the start that `init` names."""
         self.apply(glorot_)
-        for one in (self.global_scale, self.local_scale, self.alpha):
-            nn.init.ones_(one)
-        if self.strength is not None:
-            nn.init.zeros_(self.strength)
+        start_(self.init, *self.gating(), statistics(self))
+
+    def gating(self) -> tuple[list[Tensor], list[Tensor], list[nn.Linear]]:
+        """The alphas, the scales and the maps before σ: what decides the gain."""
+        return [self.alpha], [self.global_scale, self.local_scale], [] if self.expand is None else [self.expand]
+
+    def is_start(self) -> bool:
+        """Whether the gain is still exactly one by the identity start."""
+        return is_start(self.init, *self.gating())
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Fit the maps and the four buffers, in place, to features x of at least 16 samples.
+
+        Every map is scaled and shifted until what it gives for x has mean zero and deviation 1 (`squeeze`) or 1.5 (the others)
+        in each channel. What decides the gain is not touched.
+
+        Raises: ValueError, TypeError: fewer samples, paper init, a layer that has left its start, or features that `forward`
+            does not take.
+        """
+        check_features("MFA.calibrate", x, self.channels, self.layout, self.num_prefix_tokens)
+        check_samples("MFA.calibrate", x.shape[0])
+        buffers = unfitted(self)
+        with functional.without_autocast(x):
+            z = wide(positions(x, self.layout, self.num_prefix_tokens))
+            z = z if self.squeeze is None else fit_(self.squeeze, z, deviation=1)
+            fit_statistics_(buffers, self.hifa.calibrate(z), self.clia.calibrate(z))
 
     def gates(self, x: Tensor) -> Tensor:
         """The gate a `b c` of features x, in (0, 1), float32 at least."""
         return self.attend(x)[0]
 
+    def gains(self, x: Tensor) -> Tensor:
+        """The factor of each channel, `b c`, for features x: `a · alpha`."""
+        return functional.gain(self.gates(x), self.alpha)
+
     def attend(self, x: Tensor) -> tuple[Tensor, bool]:
         """The gate of features x, and whether a fused operator runs for them: the one choice of a forward."""
-        hifa, clia, squeeze, expand = self.hifa.weights(), self.clia.weights(), pair(self.squeeze), pair(self.expand)
+        hifa, clia = self.hifa.weights(), self.clia.weights()
+        maps = {"squeeze": pair(self.squeeze), "expand": pair(self.expand), "statistics": statistics(self)}
         check_features("MFA", x, self.channels, self.layout, self.num_prefix_tokens)
         z = positions(x, self.layout, self.num_prefix_tokens)
         fused = ops.is_fused(z, self.local_scale.shape[0])
         scales = self.global_scale, self.local_scale
-        return ops.mfa(z, hifa, clia, *scales, squeeze=squeeze, expand=expand, fused=fused), fused
+        return ops.mfa(z, hifa, clia, *scales, **maps, fused=fused), fused
 
     def forward(self, x: Tensor) -> Tensor:
         """The features x, each channel multiplied by its gain; while disabled, x itself."""
         if not self.enabled:
             return x
         a, fused = self.attend(x)
-        factor = functional.gain(a, self.alpha, self.strength)
+        factor = functional.gain(a, self.alpha)
         return ops.gate(x, factor, self.layout, self.num_prefix_tokens, fused=fused)
 
     def spec(self) -> Spec:
@@ -197,7 +264,7 @@ class MFA(Refines, nn.Module):
         """The parameters, and the FLOPs for one sample: five products per position, three of pooled vectors."""
         check_init("MFA", init)
         c, d = place.channels, reduced_width("MFA", place.channels, reduction)
-        params = 8 * d * d + 8 * d + 1 + c + (c if init == "identity" else 0)
+        params = 8 * d * d + 8 * d + 1 + c
         flops = 2 * (5 * place.positions * d * d + 3 * d * d)
         if reduction is None:
             return params, flops
@@ -208,6 +275,3 @@ class MFA(Refines, nn.Module):
             f", num_prefix_tokens={self.num_prefix_tokens}" if self.num_prefix_tokens else ""
         )
         return f'{self.channels}, reduction={self.reduction}, init="{self.init}"{layout}'
-
-
-ATTENTIONS["mfa"] = MFA

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from drifa_attn import functional, ops
@@ -10,9 +11,9 @@ from drifa_attn.checks import Init, check_count, check_init, check_modalities, c
 from drifa_attn.functional import Linear
 from drifa_attn.layout import Layout, check_features, check_layout, positions
 
-from .mfa import pair
+from .mfa import add_statistics, pair, statistics, unfitted
 from .refines import Refines, Spec
-from .start import glorot_, reduced_width
+from .start import check_samples, fit_, fit_statistics_, glorot_, is_start, reduced_width, start_, wide
 
 
 def checked_positions(owner: str, xs: Sequence[Tensor], modalities: int, channels: int, present: Tensor | None) -> list[Tensor]:
@@ -64,6 +65,11 @@ class MGIFA(nn.Module):
         with functional.without_autocast(xs[0]):
             return functional.mgifa(xs, pair(self.dense), present)
 
+    def calibrate(self, pools: Tensor) -> Tensor:
+        """Fit the map to the poolings `r b c`; the information G `b c` afterwards."""
+        fitted = fit_(self.dense, rearrange(pools, "r b c -> b c r"))
+        return fitted.sigmoid().sum(-1)
+
     def extra_repr(self) -> str:
         return f"{self.channels}"
 
@@ -111,6 +117,12 @@ class MLIFA(nn.Module):
         with functional.without_autocast(xs[0]):
             return functional.mlifa(xs, self.weights(), present)
 
+    def calibrate(self, xs: Sequence[Tensor], present: Tensor) -> Tensor:
+        """Fit each map to the features `b c n` that are present; the information L `b c` afterwards."""
+        for conv, x, has in zip(self.convs, xs, present.unbind(1), strict=True):
+            fit_(conv, x[has])  # type: ignore[arg-type]
+        return functional.mlifa(xs, self.weights(), present)
+
     def extra_repr(self) -> str:
         return f"{self.channels}, modalities={self.modalities}"
 
@@ -122,16 +134,17 @@ class MIFA(Refines, nn.Module):
         y_i = x_i · a · alphas[i]
 
     The modalities may differ in positions, layout and channels. Unequal channels, or a `dim` or `reduction`, add linear maps
-    to one width d and back: `z_i = lin(squeezes[i], x_i)`, and `lin(expands[i], …)` gives each modality its own gate. With
-    `init="identity"`, learned `strengths` start at zero: `y_i = x_i · (1 + strengths[i] · (a · alphas[i] − 1))`. While
-    `enabled` is False, every y_i is x_i.
+    to one width d and back: `z_i = lin(squeezes[i], x_i)`, and `lin(expands[i], …)` gives each modality its own gate.
+    `init="identity"` starts where every gain `a · alphas[i]` is exactly one; G and L are then standardised by four buffers, see
+    `MFA`. While `enabled` is False, every y_i is x_i.
 
     Args:
         channels: channels of every modality, >= 1: one number, or one per modality.
         modalities: their number m, >= 1; None is the length of `channels`, or the paper's 2.
         dim: the common width d, >= 1; None with unequal channels and no reduction is the largest of the channels.
         reduction: None, or an integer >= 1 for `d = max(max(channels) // reduction, 8)`; not together with `dim`.
-        init: "paper" (Glorot-uniform weights, zero biases, scales and alphas one) or "identity" (the same, and strengths zero).
+        init: "paper" (Glorot-uniform weights, zero biases, scales and alphas one) or "identity" (the same, but alphas two, and
+            `expands`, or without them the scales, zero).
         layout: "b c ..." or "b ... c", one for all or one per modality.
         num_prefix_tokens: leading tokens that are left out of the pooling and pass unchanged, one for all or one per modality.
 
@@ -180,31 +193,68 @@ class MIFA(Refines, nn.Module):
         self.global_scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.local_scale = nn.Parameter(torch.empty(self.dim, device=device, dtype=dtype))
         self.alphas = nn.ParameterList(torch.empty(c, device=device, dtype=dtype) for c in self.channels)
-        self.strengths: nn.ParameterList | None = None
-        if init == "identity":
-            self.strengths = nn.ParameterList(torch.empty(c, device=device, dtype=dtype) for c in self.channels)
+        add_statistics(self, self.dim, init, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set all weights to the start that `init` names."""
         self.apply(glorot_)
-        for one in (self.global_scale, self.local_scale, *self.alphas):
-            nn.init.ones_(one)
-        for zero in self.strengths or ():
-            nn.init.zeros_(zero)
+        start_(self.init, *self.gating(), statistics(self))
+
+    def gating(self) -> tuple[list[Tensor], list[Tensor], list[nn.Linear]]:
+        """The alphas, the scales and the maps before σ: what decides the gains."""
+        return list(self.alphas), [self.global_scale, self.local_scale], list(self.expands or [])  # type: ignore[arg-type]
+
+    def is_start(self) -> bool:
+        """Whether every gain is still exactly one by the identity start."""
+        return is_start(self.init, *self.gating())
+
+    @torch.no_grad()
+    def calibrate(self, xs: Sequence[Tensor], present: Tensor | None = None) -> None:
+        """Fit the maps and the four buffers, in place, to features xs of at least 16 samples; see `MFA.calibrate`.
+
+        Only what is present counts. What decides the gains is not touched.
+
+        Raises: ValueError, TypeError: fewer samples, fewer than two of a modality, paper init, a layer that has left its start,
+            or features that `forward` does not take.
+        """
+        zs = [wide(z) for z in self.checked(xs, present)]
+        check_samples("MIFA.calibrate", zs[0].shape[0])
+        buffers = unfitted(self)
+        if present is None:
+            present = torch.ones(len(zs[0]), self.modalities, dtype=torch.bool, device=zs[0].device)
+        if (present.sum(0) < 2).any():
+            raise ValueError(
+                f"MIFA.calibrate expected at least two samples of each modality, got {present.sum(0).tolist()}: "
+                "pass a batch in which each is present."
+            )
+        with functional.without_autocast(xs[0]):
+            zs = functional.mask_absent(zs, present)
+            for i, (squeeze, has) in enumerate(zip(self.squeezes or (), present.unbind(1), strict=False)):
+                fit_(squeeze, zs[i][has], deviation=1)  # type: ignore[arg-type]
+                zs[i] = functional.lin(zs[i], pair(squeeze))
+            pools, some = functional.pool_modalities(zs, present), present.any(1)
+            global_info, local_info = self.mgifa.calibrate(pools[:, some]), self.mlifa.calibrate(zs, present)
+            fit_statistics_(buffers, global_info, local_info[some])
 
     def gates(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
         """The gates a_i `b c_i` of features xs, in (0, 1), float32 at least; at equal channels they are one gate."""
         return self.attend(xs, present)[0]
 
+    def gains(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+        """The factors of each channel, `b c_i` per modality, for features xs: `a · alphas[i]`, and one for what is absent."""
+        return self.factors(self.gates(xs, present), present)
+
+    def factors(self, gates: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
+        """The gains that these gates give."""
+        factors = [functional.gain(a, alpha) for a, alpha in zip(gates, self.alphas, strict=True)]
+        if present is None:
+            return factors
+        return [torch.where(has[:, None], factor, 1) for has, factor in zip(present.unbind(1), factors, strict=True)]
+
     def attend(self, xs: Sequence[Tensor], present: Tensor | None) -> tuple[list[Tensor], bool]:
         """The gates of features xs, and whether a fused operator runs for them: the one choice of a forward."""
-        check_modalities("MIFA", xs, self.modalities)
-        check_present("MIFA", present, xs)
-        places = list(zip(self.layouts, self.num_prefix_tokens, strict=True))
-        for x, channels, place in zip(xs, self.channels, places, strict=True):
-            check_features("MIFA", x, channels, *place)
-        zs = [positions(x, *place) for x, place in zip(xs, places, strict=True)]
+        zs = self.checked(xs, present)
         fused = ops.is_fused(zs, self.dim)
         gates = ops.mifa(
             zs,
@@ -215,23 +265,27 @@ class MIFA(Refines, nn.Module):
             present=present,
             squeezes=None if self.squeezes is None else [pair(squeeze) for squeeze in self.squeezes],
             expands=None if self.expands is None else [pair(expand) for expand in self.expands],
+            statistics=statistics(self),
             fused=fused,
         )
         return gates, fused
+
+    def checked(self, xs: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
+        """The positions `b c_i n_i` of features that fit this layer."""
+        check_modalities("MIFA", xs, self.modalities)
+        check_present("MIFA", present, xs)
+        places = list(zip(self.layouts, self.num_prefix_tokens, strict=True))
+        for x, channels, place in zip(xs, self.channels, places, strict=True):
+            check_features("MIFA", x, channels, *place)
+        return [positions(x, *place) for x, place in zip(xs, places, strict=True)]
 
     def forward(self, xs: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
         """The features xs, each channel of each present modality multiplied by its gain; while disabled, xs themselves."""
         if not self.enabled:
             return list(xs)
         gates, fused = self.attend(xs, present)
-        strengths = self.strengths or [None] * self.modalities
-        ys = []
-        for i, (x, a) in enumerate(zip(xs, gates, strict=True)):
-            factor = functional.gain(a, self.alphas[i], strengths[i])
-            if present is not None:
-                factor = torch.where(present[:, i, None], factor, 1)
-            ys.append(ops.gate(x, factor, self.layouts[i], self.num_prefix_tokens[i], fused=fused))
-        return ys
+        parts = zip(xs, self.factors(gates, present), self.layouts, self.num_prefix_tokens, strict=True)
+        return [ops.gate(*part, fused=fused) for part in parts]
 
     def spec(self) -> Spec:
         """The width and the start; the places give the rest."""

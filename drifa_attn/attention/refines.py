@@ -1,27 +1,25 @@
-"""What every layer that refines features has in common: a switch, its gates, and a description that builds it again.
+"""What every layer that refines features has in common: a switch, its gates, its start, and how to build it again."""
 
-`Spec` describes an attention without its weights, `build` makes it for a place in a network, and `cost` says what it costs.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from drifa_attn.layout import Place
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An attention without its weights: its name, and the arguments that do not depend on the place, which JSON can hold.
+    """An attention without its weights, `Spec("mfa", {"reduction": 16, "init": "identity"})`; `build` makes it.
 
-    `Spec("mfa", {"reduction": 16, "init": "identity"})`. A name that `ATTENTIONS` knows can be built with `build`.
+    Attributes:
+        name: one that `ATTENTIONS` or `timm.layers.get_attn` knows, or "module:name" of a callable.
+        options: the arguments that do not depend on the place; a file keeps them as JSON.
+        factory: the callable itself; a file does not keep it.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    factory: Callable[..., nn.Module] | None = field(default=None, compare=False, repr=False)
 
 
 class Refines:
@@ -37,36 +35,18 @@ class Refines:
         """The gates, `b c` per feature, in (0, 1), for what `forward` takes."""
         raise NotImplementedError(f"{type(self).__name__} has no gates: it does not multiply channels.")
 
+    def gains(self, *inputs: Any) -> Tensor | list[Tensor]:
+        """The factors, `b c` per feature, by which `forward` multiplies what it is given."""
+        raise NotImplementedError(f"{type(self).__name__} has no gains: it does not multiply channels.")
+
+    def is_start(self) -> bool:
+        """Whether the layer still passes on what it is given, bit for bit, because training has not moved it yet."""
+        raise NotImplementedError(f"{type(self).__name__} does not know its start.")
+
+    def calibrate(self, *inputs: Any) -> None:
+        """Fit the layer, at its start, to the features that `forward` takes; layers without a `calibrate` have none to fit."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to calibrate.")
+
     def spec(self) -> Spec:
         """The description of this layer; `build` makes a new one from it."""
         raise NotImplementedError(f"{type(self).__name__} has no spec: define one to save it to a file.")
-
-
-# The attentions that `build` knows, by name; the file of an attention adds its line. Each is built as
-# `attention(channels, layout=..., num_prefix_tokens=..., device=..., dtype=..., **options)`, and has a class method
-# `cost(place, **options)` that gives what `cost` gives.
-ATTENTIONS: dict[str, type[Refines]] = {}
-
-
-def known(spec: Spec) -> Any:
-    """The class of this spec, or a `ValueError` that lists the known names."""
-    if spec.name not in ATTENTIONS:
-        raise ValueError(f"attention expected one of {', '.join(map(repr, sorted(ATTENTIONS)))}, got {spec.name!r}.")
-    return ATTENTIONS[spec.name]
-
-
-def build(spec: Spec, place: Place, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """The attention of this spec for the features of a place, with new weights.
-
-    Raises: ValueError: an unknown name, or an option out of its range. TypeError: an unknown option.
-    """
-    where: dict[str, Any] = {"layout": place.layout, "num_prefix_tokens": place.num_prefix_tokens}
-    return known(spec)(place.channels, **where, **spec.options, device=device, dtype=dtype)
-
-
-def cost(spec: Spec, place: Place) -> tuple[int, int]:
-    """The parameters of an attention at a place, and the FLOPs of its matrix products for one sample. Nothing is built.
-
-    Raises: ValueError: an unknown name, or an option out of its range. TypeError: an unknown option.
-    """
-    return known(spec).cost(place, **spec.options)

@@ -7,12 +7,13 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from drifa_attn.fusion import Fused
-from drifa_attn.wrapping.active import attentions, classifier_names
+from drifa_attn.wrapping.active import attentions
 from drifa_attn.wrapping.plan import check_backbone
+from drifa_attn.wrapping.training import classifier_names
 from drifa_attn.wrapping.wrap import Network
 
 from .format import read, write
-from .recipe import fuse_again, fused_recipe, wrap_again, wrapped_recipe
+from .recipe import Factory, fuse_again, fused_recipe, wrap_again, wrapped_recipe
 from .state import chosen_state, load_state
 
 
@@ -44,16 +45,22 @@ def save_attention(
 
 
 @overload
-def load_attention(backbone: Network, path: str | Path, *, example_input: Any = None) -> Network: ...
+def load_attention(
+    backbone: Network, path: str | Path, *, attention: Factory | None = None, example_input: Any = None
+) -> Network: ...
 
 
 @overload
 def load_attention(
-    backbone: Mapping[str, nn.Module], path: str | Path, *, example_input: Mapping[str, Tensor] | None = None
+    backbone: Mapping[str, nn.Module],
+    path: str | Path,
+    *,
+    attention: Factory | None = None,
+    example_input: Mapping[str, Tensor] | None = None,
 ) -> Fused: ...
 
 
-def load_attention(backbone: Any, path: str | Path, *, example_input: Any = None) -> Any:
+def load_attention(backbone: Any, path: str | Path, *, attention: Factory | None = None, example_input: Any = None) -> Any:
     """Rebuild the attention of a file on a fresh network of the same architecture, in place, and load its weights.
 
         model = drifa_attn.load_attention(timm.create_model("resnet50", pretrained=True), path)
@@ -66,6 +73,7 @@ def load_attention(backbone: Any, path: str | Path, *, example_input: Any = None
         backbone: the network, not wrapped; for a file of a fused network {modality: network}, in any order, with or without
             their classifiers.
         path: of a file by `save_attention`.
+        attention: the callable that made the attention, where `wrap` was given one; a file keeps only its name.
         example_input: as `plan` takes it, where the network needs one; {modality: tensor} for a file of a fused network.
 
     Returns: the network, or a new `Fused` of the networks.
@@ -81,9 +89,9 @@ def load_attention(backbone: Any, path: str | Path, *, example_input: Any = None
         raise TypeError(f"{path} holds attention for {expected}, got {type(backbone).__name__}.")
     held = {"modules": plan["classifier"], "batch_norm": plan["batch_norm"]}
     if "fused" in plan:
-        network: Any = fuse_again(backbone, plan["fused"], example_input or {}, tensors=tensors, **held)
+        network: Any = fuse_again(backbone, plan["fused"], example_input or {}, factory=attention, tensors=tensors, **held)
     else:
         network = backbone
-        wrap_again(network, plan, example_input)
+        wrap_again(network, plan, example_input, attention)
     load_state(network, tensors, **held)
     return network

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-FORMAT, VERSION = "drifa_attn", 2
+FORMAT, VERSION = "drifa_attn", 3
 
 
 def write(path: str | Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """How a network got its attention, as a file says it, and the same attention put into a fresh network by it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,15 +17,17 @@ from drifa_attn.wrapping.rehearse import rehearse
 
 from .state import check_state, chosen_state
 
+Factory = Callable[..., nn.Module]
+
 
 def wrapped_recipe(model: nn.Module) -> dict[str, Any]:
     """How a network was wrapped; without sites, its attention is part of its own code."""
     found = list(placed(model))
-    specs = {(spec.name, tuple(sorted(spec.options.items()))) for _, one in found if (spec := spec_of(one))}
-    if len(specs) > 1:
+    specs = [spec for _, one in found if (spec := spec_of(one))] or [Spec("")]
+    if any(spec != specs[0] for spec in specs):
         raise ValueError(f"{type(model).__name__} has parts that were wrapped differently: save the attention of each part.")
-    name, options = next(iter(specs), (None, ()))
-    return {"attention": {"name": name, "options": dict(options)}, "sites": [asdict(site) for site, _ in found]}
+    attention = {"name": specs[0].name, "options": dict(specs[0].options)}
+    return {"attention": attention, "sites": [asdict(site) for site, _ in found]}
 
 
 def fused_recipe(net: Fused) -> dict[str, Any]:
@@ -46,15 +48,18 @@ def fused_recipe(net: Fused) -> dict[str, Any]:
     }
 
 
-def wrap_again(network: nn.Module, recipe: Mapping[str, Any], example_input: Any) -> None:
-    """Put attention into a network, without its weights, where and as a file says."""
+def wrap_again(network: nn.Module, recipe: Mapping[str, Any], example_input: Any, factory: Factory | None) -> None:
+    """Put attention into a network, without its weights, where and as a file says; a callable of the user is `factory`."""
     sites = [site_of(entry) for entry in recipe["sites"]]
     if not sites:
         return
     found = survey(network, example_input, prepare=detach, **hints(sites))
     for site in sites:
         check_site(found, site)
-    attach(network, rehearse(found, sites), Spec(**recipe["attention"]))
+    spec = Spec(**recipe["attention"], factory=factory)
+    if factory is not None and ":" not in spec.name:
+        raise ValueError(f"the file holds the attention {spec.name!r}, which needs no callable: leave attention= out.")
+    attach(network, rehearse(found, sites), spec)
 
 
 def fuse_again(
@@ -62,6 +67,7 @@ def fuse_again(
     recipe: Mapping[str, Any],
     inputs: Mapping[str, Tensor],
     *,
+    factory: Factory | None,
     tensors: Mapping[str, Tensor],
     modules: list[str],
     batch_norm: bool,
@@ -71,9 +77,10 @@ def fuse_again(
         raise ValueError(f"the file holds a network of the modalities {list(recipe['branches'])}, got {list(backbones)}.")
     for modality in recipe["branches"]:
         check_branch(backbones[modality], modality, recipe, inputs.get(modality))
-    rehearsal = fused_once({modality: meta_clone(backbones[modality]) for modality in recipe["branches"]}, recipe, inputs)
+    clones = {modality: meta_clone(backbones[modality]) for modality in recipe["branches"]}
+    rehearsal = fused_once(clones, recipe, inputs, factory)
     check_state(rehearsal, tensors, chosen_state(rehearsal, modules, batch_norm))
-    return fused_once({modality: backbones[modality] for modality in recipe["branches"]}, recipe, inputs)
+    return fused_once({modality: backbones[modality] for modality in recipe["branches"]}, recipe, inputs, factory)
 
 
 def check_branch(backbone: nn.Module, modality: str, recipe: Mapping[str, Any], example_input: Any) -> None:
@@ -87,12 +94,14 @@ def check_branch(backbone: nn.Module, modality: str, recipe: Mapping[str, Any], 
         check_site(found, site)
 
 
-def fused_once(backbones: Mapping[str, nn.Module], recipe: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Fused:
+def fused_once(
+    backbones: Mapping[str, nn.Module], recipe: Mapping[str, Any], inputs: Mapping[str, Tensor], factory: Factory | None
+) -> Fused:
     """Wrap and fuse networks as a file says; if that fails they are unwrapped again."""
     try:
         for modality, wrapped in recipe["branches"].items():
             if wrapped:
-                wrap_again(backbones[modality], wrapped, inputs.get(modality))
+                wrap_again(backbones[modality], wrapped, inputs.get(modality), factory)
         at = [{modality: entry["module"] for modality, entry in sites.items()} for sites in recipe["stages"]]
         return fuse(backbones, recipe["tasks"], at=at, example_inputs=inputs, **recipe["options"])
     except Exception:

@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from drifa_attn import functional
-from drifa_attn.functional import Linear, vector_dtype
+from drifa_attn.functional import Linear, Statistics, vector_dtype
 from drifa_attn.layout import Layout, positions, scale
 
 from . import flops
@@ -36,6 +36,7 @@ def mfa(
     *,
     squeeze: Linear | None = None,
     expand: Linear | None = None,
+    statistics: Statistics | None = None,
     fused: bool | None = None,
 ) -> Tensor:
     """The gate of MFA by the reference equations or by a fused operator: `functional.mfa`, with one argument more.
@@ -43,13 +44,15 @@ def mfa(
     `fused` is what `is_fused` answered for x; None asks it.
     """
     if not (is_fused(x, local_scale.shape[0]) if fused is None else fused):
-        return functional.mfa(x, hifa_weights, clia_weights, global_scale, local_scale, squeeze=squeeze, expand=expand)
+        weights = hifa_weights, clia_weights, global_scale, local_scale
+        return functional.mfa(x, *weights, squeeze=squeeze, expand=expand, statistics=statistics)
     *convs, hifa_dense = hifa_weights
     clia_conv, clia_dense = clia_weights
     h1, h2, h3, h4, p = mfa_stats(x, [*convs, clia_conv], squeeze).unbind(0)
     with functional.without_autocast(x):
         global_info = functional.hifa_info(h1, h2, h3, h4, hifa_dense)
-        return functional.fusion_gate(global_info, functional.clia_info(p, clia_dense), global_scale, local_scale, expand)
+        local_info = functional.clia_info(p, clia_dense)
+        return functional.fusion_gate(global_info, local_info, global_scale, local_scale, expand, statistics)
 
 
 def mifa(
@@ -62,6 +65,7 @@ def mifa(
     present: Tensor | None = None,
     squeezes: Sequence[Linear] | None = None,
     expands: Sequence[Linear] | None = None,
+    statistics: Statistics | None = None,
     fused: bool | None = None,
 ) -> list[Tensor]:
     """The gates of MIFA by the reference equations or by a fused operator: `functional.mifa`, with one argument more.
@@ -70,7 +74,7 @@ def mifa(
     """
     if not (is_fused(xs, local_scale.shape[0]) if fused is None else fused):
         weights = (mgifa_dense, mlifa_convs, global_scale, local_scale)
-        return functional.mifa(xs, *weights, present=present, squeezes=squeezes, expands=expands)
+        return functional.mifa(xs, *weights, present=present, squeezes=squeezes, expands=expands, statistics=statistics)
     masks: Sequence[Tensor | None] = [None] * len(xs) if present is None else present.unbind(1)
     maps: Sequence[Linear | None] = [None] * len(xs) if squeezes is None else squeezes
     pools = torch.stack([mifa_stats(*part) for part in zip(xs, mlifa_convs, maps, masks, strict=True)])  # m (2 r) b d
@@ -80,7 +84,8 @@ def mifa(
         of_x, of_maps = reduce(pools, "m (two r) b d -> two r b d", "sum", two=2)
         global_info = functional.mgifa_info(of_x, mgifa_dense)
         local_info = reduce(of_maps, "r b d -> b d", "sum")
-        return functional.fusion_gates(global_info, local_info, global_scale, local_scale, expands, len(xs))
+        shared = global_info, local_info, global_scale, local_scale
+        return functional.fusion_gates(*shared, expands, statistics, modalities=len(xs))
 
 
 def gate(

@@ -1,7 +1,21 @@
 """Attention into one network, and the verbs for what a network holds."""
 
-from .active import attention_parameters, disabled, freeze_backbone, gates
+from .active import attention_parameters, disabled, gains, gates
+from .calibrate import calibrate
 from .plan import Plan, plan
+from .training import freeze_backbone, parameter_groups
 from .wrap import unwrap, wrap
 
-__all__ = ["Plan", "attention_parameters", "disabled", "freeze_backbone", "gates", "plan", "unwrap", "wrap"]
+__all__ = [
+    "Plan",
+    "attention_parameters",
+    "calibrate",
+    "disabled",
+    "freeze_backbone",
+    "gains",
+    "gates",
+    "parameter_groups",
+    "plan",
+    "unwrap",
+    "wrap",
+]

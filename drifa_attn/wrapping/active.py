@@ -1,4 +1,4 @@
-"""What attention a network holds, however it got there, and the verbs for it: switch it off, train it, look at its gates."""
+"""What attention a network holds, however it got there, and the verbs for it: switch it off, look at its gates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,12 +12,16 @@ from drifa_attn.attention import Refines
 from drifa_attn.network.modes import eagerly, eval_mode
 
 from .inject import placed
-from .wrap import Network
 
 
 def attentions(model: nn.Module) -> dict[str, Any]:
     """Every layer of a network that refines features, by its name there; a `ValueError` if there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Refines)}
+    found: dict[str, Any] = {}
+    within: set[int] = set()  # what such a layer holds is its own affair
+    for name, module in model.named_modules():
+        if isinstance(module, Refines) and id(module) not in within:
+            found[name] = module
+            within |= {id(inner) for inner in module.modules()}  # type: ignore[attr-defined]
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no attention: drifa_attn.wrap(model) puts it there, drifa_attn.fuse builds with it."
@@ -56,41 +60,6 @@ def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(held.parameters())
 
 
-def classifier_names(model: nn.Module, classifier: bool | str | Sequence[str]) -> list[str]:
-    """The modules of a network's classifier: those that are named, or for True those that a timm network states."""
-    if classifier is False:
-        return []
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") if classifier is True else classifier
-    if not named:
-        raise ValueError(f"{type(model).__name__} does not state its classifier: name it, e.g. classifier='fc'.")
-    names = [named] if isinstance(named, str) else list(named)
-    known = {name for name, _ in model.named_modules()}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{type(model).__name__} has no module {name!r} to take as its classifier.")
-    return names
-
-
-def freeze_backbone(model: Network, *, classifier: bool | str | Sequence[str] = True) -> Network:
-    """Let only the attention and the classifier take gradients; returns the network.
-
-    Batch norms go on collecting statistics in training mode, as everywhere in PyTorch.
-
-    Args:
-        model: a network that holds attention.
-        classifier: True for the one that a timm network states, or the heads of a fused one; the name of a module, or several;
-            or False to freeze it too.
-
-    Raises: ValueError: the network holds no attention, or has no such classifier.
-    """
-    trained = {id(parameter) for parameter in attention_parameters(model)}
-    for name in classifier_names(model, classifier):
-        trained |= {id(parameter) for parameter in model.get_submodule(name).parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    return model
-
-
 def labels(model: nn.Module) -> dict[str, Any]:
     """Every layer that refines features, by the name users know: of its site where `wrap` put it, else its own."""
     sites = {id(inner): site.name for site, attention in placed(model) for inner in attention.modules()}
@@ -106,15 +75,31 @@ def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     network's own state comes back afterwards.
 
     Args: what the network itself takes, `gates(model, x)`, `gates(net, inputs, present)`.
-    Raises: ValueError: the network holds no attention.
+    Raises: ValueError: the network holds no attention, or attention that does not multiply features.
     """
+    return observed(model, "gates", args, kwargs)
+
+
+def gains(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The gain of every attention for these inputs, `{name: b c}`: the factors that the features are multiplied by.
+
+    For the paper's attention the gain is `gate · alpha`. It is one wherever attention has left its features alone, and its
+    deviation over inputs says how much the attention attends: `gains(model, x)["layer1"].std(0).mean()`.
+
+    Args, Raises: as `gates`.
+    """
+    return observed(model, "gains", args, kwargs)
+
+
+def observed(model: nn.Module, what: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a method of every attention says of the features that it is given in one forward pass."""
     found: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, attention in labels(model).items():
             enabled = attention.enabled
             attention.enabled = True
             stack.callback(setattr, attention, "enabled", enabled)
-            handle = attention.register_forward_pre_hook(partial(keep, found, name), with_kwargs=True)
+            handle = attention.register_forward_pre_hook(partial(keep, found, name, what), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(eval_mode(model))
         stack.enter_context(eagerly())
@@ -123,9 +108,9 @@ def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return found
 
 
-def keep(found: dict[str, Tensor], name: str, attention: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """A pre-hook of an attention that keeps its gates."""
-    gate = attention.gates(*args, **kwargs)
+def keep(found: dict[str, Tensor], name: str, what: str, attention: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """A pre-hook of an attention that keeps what it says."""
+    gate = getattr(attention, what)(*args, **kwargs)
     if isinstance(gate, Tensor):
         found[name] = gate
         return

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from drifa_attn.attention import Init, Spec, cost
+from drifa_attn.attention import ATTENTIONS, Init, Spec, cost
 from drifa_attn.checks import check_count, check_init
 from drifa_attn.layout import Layout, check_layout
 from drifa_attn.network.blocks import blocks, convolutions
@@ -20,6 +20,7 @@ from .inject import STEPS, Refinement, Slot
 from .rehearse import rehearse
 from .table import plan_text
 
+Attention = str | Callable[..., nn.Module]
 At = str | Sequence[str] | Callable[[str, nn.Module], bool]
 WAYS = ("stage", "block", "conv")
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -64,6 +65,8 @@ def plan(
     model: nn.Module,
     at: At = "stage",
     *,
+    attention: Attention = "mfa",
+    attention_options: Mapping[str, Any] | None = None,
     variant: Literal["paper"] | None = None,
     reduction: int | None = 16,
     init: Init = "identity",
@@ -78,11 +81,16 @@ def plan(
         model: any network: timm's, torchvision's, your own.
         at: "stage" (the end of every stage), "block" (every residual block), "conv" (every convolution in a block that a norm
             follows), a regex for whole module names, a list of module names, or a predicate `(name, module) -> bool`.
+        attention: "mfa" (the paper's), a name that `timm.layers.get_attn` knows ("se", "ese", "eca", "cbam", "gc", ...), or a
+            callable (channels, **options) -> a module that maps `b c h w` to the same shape. Any of them starts where outputs
+            do not change by one bit; see `attention.Foreign` for how others than "mfa" do.
+        attention_options: what another attention than "mfa" takes, `{"rd_ratio": 1 / 8}`.
         variant: "paper" is the RRA form: MFA after the convolutions inside each residual block, projections left out, and
             after the block, dense, with paper init. It sets `at`, `reduction` and `init` itself.
-        reduction: the width of attention is `max(channels // reduction, 8)`; None is the paper's full width, 8c² + 9c + 1
-            parameters per site: at every block of a ResNet-50 that is +630 % parameters and +404 % FLOPs.
-        init: "identity" (outputs do not change by one bit until training moves them) or "paper".
+        reduction: of "mfa". The width of attention is `max(channels // reduction, 8)`; None is the paper's full width, with
+            8c² + 9c + 1 parameters per site: at every block of a ResNet-50 +630 % parameters and +404 % FLOPs.
+        init: of "mfa", "identity" (outputs do not change by one bit until training moves them) or "paper". After `wrap`, and
+            before training, `calibrate` fits an identity start to real features.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes and dtypes are read. None
             tries the size the network states (`pretrained_cfg`, `img_size`), then 224.
         layouts: the layout at sites where it cannot be told, `{name: "b c ..." or "b ... c"}`.
@@ -93,7 +101,9 @@ def plan(
     Differs: the paper builds its own network and has no injection.
     """
     check_backbone(model)
-    spec = checked_spec(at, variant, reduction, init)
+    check_at(at)
+    given = attention, attention_options or {}
+    spec = paper_spec(at, variant, reduction, init, given) if variant else checked_spec(*given, reduction, init)
     named = None if at in WAYS else matching(model, at)
     found = survey(model, example_input, layouts=checked_layouts(layouts or {}))
     chosen = named or selection(found, at, variant)
@@ -141,18 +151,40 @@ def check_backbone(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} is wrapped already: drifa_attn.unwrap(model) first.")
 
 
-def checked_spec(at: At, variant: str | None, reduction: int | None, init: Init) -> Spec:
+def check_at(at: Any) -> None:
+    """Raise unless this is a way to choose modules."""
+    if not (isinstance(at, str) or callable(at) or isinstance(at, Sequence)):
+        raise TypeError(f"at expected a string, a list of module names or a predicate, got {at!r}.")
+
+
+def checked_spec(attention: Attention, options: Mapping[str, Any], reduction: int | None, init: Init) -> Spec:
     """The attention that these arguments of `plan` ask for."""
     check_init("wrap", init)
     if reduction is not None:
         check_count("wrap", "reduction", reduction)
-    if variant not in (None, "paper"):
+    if not isinstance(attention, str):
+        if not callable(attention):
+            raise TypeError(f"attention expected a name or a callable (channels) -> nn.Module, got {attention!r}.")
+        name = getattr(attention, "__qualname__", type(attention).__qualname__)
+        spec = Spec(f"{getattr(attention, '__module__', '')}:{name}", dict(options), attention)
+    elif attention in ATTENTIONS:
+        if options:
+            raise ValueError(f"attention={attention!r} takes reduction and init, not attention_options: got {dict(options)}.")
+        return Spec(attention, {"reduction": reduction, "init": init})
+    else:
+        spec = Spec(attention, dict(options))
+    if (reduction, init) != (16, "identity"):
+        raise ValueError(f"reduction and init are of attention='mfa'; {spec.name!r} takes attention_options={{...}}.")
+    return spec
+
+
+def paper_spec(at: At, variant: str, reduction: int | None, init: Init, given: tuple[Attention, Mapping]) -> Spec:
+    """The attention of the paper's own form."""
+    if variant != "paper":
         raise ValueError(f'variant expected None or "paper", got {variant!r}.')
-    if variant and (at, reduction, init) != ("stage", 16, "identity"):
-        raise ValueError('variant="paper" sets at, reduction and init itself: leave them out.')
-    if not (isinstance(at, str) or callable(at) or isinstance(at, Sequence)):
-        raise TypeError(f"at expected a string, a list of module names or a predicate, got {at!r}.")
-    return Spec("mfa", {"reduction": None, "init": "paper"} if variant else {"reduction": reduction, "init": init})
+    if (at, reduction, init, *given) != ("stage", 16, "identity", "mfa", {}):
+        raise ValueError('variant="paper" sets at, attention, reduction and init itself: leave them out.')
+    return Spec("mfa", {"reduction": None, "init": "paper"})
 
 
 def matching(model: nn.Module, at: At) -> list[str]:

@@ -1,4 +1,4 @@
-"""`wrap` puts DRIFA's attention into any network in one line; `unwrap` takes it out."""
+"""`wrap` puts attention, DRIFA's or any other, into any network in one line; `unwrap` takes it out."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
@@ -9,7 +9,7 @@ from drifa_attn.attention import Init
 from drifa_attn.layout import Layout
 
 from .inject import attach, detach, placed
-from .plan import At, plan
+from .plan import At, Attention, plan
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -18,15 +18,18 @@ def wrap(
     model: Network,
     at: At = "stage",
     *,
+    attention: Attention = "mfa",
+    attention_options: Mapping[str, Any] | None = None,
     variant: Literal["paper"] | None = None,
     reduction: int | None = 16,
     init: Init = "identity",
     example_input: Any = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Network:
-    """Put DRIFA's attention into a network, in place, and return the same network.
+    """Put attention into a network, in place, and return the same network.
 
         model = drifa_attn.wrap(timm.create_model("resnet50", pretrained=True))
+        drifa_attn.calibrate(model, images)     # recommended before training
 
     With `init="identity"` its outputs do not change by one bit until training moves them. Its class, the names of its weights,
     its methods and its mode stay; the attention follows its device and dtype. `plan` says first what `wrap` would do.
@@ -34,7 +37,17 @@ def wrap(
     Args, Raises: as `plan`. When it raises, the network is untouched.
     Differs: the paper builds its own network; `variant="paper"` gives its block, RRA, inside this one.
     """
-    chosen = plan(model, at, variant=variant, reduction=reduction, init=init, example_input=example_input, layouts=layouts)
+    chosen = plan(
+        model,
+        at,
+        attention=attention,
+        attention_options=attention_options,
+        variant=variant,
+        reduction=reduction,
+        init=init,
+        example_input=example_input,
+        layouts=layouts,
+    )
     attach(model, chosen.sites, chosen.spec)
     return model
 

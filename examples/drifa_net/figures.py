@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import drifa_attn
-from drifa_attn import functional
 from examples.drifa_net.data import IGNORE, Data, load
 from examples.drifa_net.networks import Concat, Inputs, Labels, Named, attentions, named, restored
 
@@ -191,28 +190,10 @@ def draw_features(net: nn.Module, data: Data, path: Path) -> None:
 
 def gates(net: nn.Module, data: Data) -> dict[str, tuple[Tensor, Tensor]]:
     """Every gate a of the test images, and the gain that comes of it, `n c` each by the name of its site."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def keep(part: nn.Module, args: tuple[Any, ...], name: str) -> None:
-        one = isinstance(part, drifa_attn.MFA)
-        several = [part.gates(*args)] if one else part.gates(*args)
-        alphas, strengths = ([part.alpha], [part.strength]) if one else (part.alphas, part.strengths or [None] * len(several))
-        shared = not one and part.expands is None  # then all modalities have one gate
-        for i, a in enumerate(several[:1] if shared else several):
-            gain = functional.gain(a, alphas[i], strengths[i])
-            found.setdefault(name if one or shared else f"{name} → {data.branches[i]}", []).append((a, gain))
-
-    handles = [
-        part.register_forward_pre_hook(lambda m, args, name=name: keep(m, args, name)) for name, part in attentions(net).items()
-    ]
-    try:
-        with torch.no_grad():
-            for inputs, _ in batches(data):
-                net(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: tuple(torch.cat(column) for column in zip(*parts, strict=True)) for name, parts in found.items()}
+    parts = [(drifa_attn.gates(net, inputs), drifa_attn.gains(net, inputs)) for inputs, _ in batches(data)]
+    return {
+        name: tuple(torch.cat([one[name] for one in column]) for column in zip(*parts, strict=True)) for name in parts[0][0]
+    }
 
 
 def grouped(found: Mapping[str, Any], data: Data) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,8 @@ from examples.drifa_net.model import DrifaNet
 
 MODELS = ("drifa_net", "fuse", "concat")
 
+CALIBRATION = 64  # training images that attention is fitted to
+
 Inputs = dict[str, Tensor]  # images by branch
 Labels = dict[str, Tensor]  # classes by task
 
@@ -94,6 +96,23 @@ def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
         return Concat(backbones, tasks, dropout=0.25)
     examples = {branch: torch.zeros(2, *shape) for branch, shape in shapes.items()}
     return drifa_attn.fuse(backbones, tasks, dropout=0.25, example_inputs=examples)
+
+
+def calibrate(net: nn.Module, data: Data) -> None:
+    """Fit the attention of a fused network, before training, to training images; fewer than 16 are too few, and do nothing."""
+    count = min(len(data.train), CALIBRATION)
+    if isinstance(net, drifa_attn.Fused) and count >= 16:
+        samples = [data.train[i] for i in range(count)]
+        images = [torch.stack(branch) for branch in zip(*(images for images, _ in samples), strict=True)]
+        inputs, _ = named(images, torch.stack([targets for _, targets in samples]), data, torch.device("cpu"))
+        drifa_attn.calibrate(net, inputs)
+
+
+def groups(net: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """The weights for an optimizer; the attention of a fused network gets five times the rate."""
+    if not isinstance(net, drifa_attn.Fused):
+        return [{"params": list(net.parameters()), "lr": lr}]
+    return drifa_attn.parameter_groups(net, lr, 5 * lr)
 
 
 def named(images: Sequence[Tensor], targets: Tensor, data: Data, device: torch.device) -> tuple[Inputs, Labels]:

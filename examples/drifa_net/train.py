@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from drifa_attn import TaskLoss
 from examples.drifa_net.data import Data, Pairs, load
 from examples.drifa_net.metrics import scores
-from examples.drifa_net.networks import build, named
+from examples.drifa_net.networks import build, calibrate, groups, named
 from examples.drifa_net.options import check, configured, explained, parser
 
 WARMUP = 0.05  # the share of all steps in which the learning rate rises
@@ -72,8 +72,12 @@ class Run:
         self.record: dict[str, Any] | None = None  # once the run is finished
         seed_everything(configuration["seed"])
         loss = TaskLoss(list(data.tasks), "uncertainty" if configuration["losses"] == "uncertainty" else None)
-        self.learner = Learner(build(configuration, data), loss)
-        optimizer = torch.optim.AdamW(self.learner.parameters(), lr=configuration["lr"])
+        net = build(configuration, data)
+        calibrate(net, data)
+        self.learner = Learner(net, loss)
+        weights = groups(net, configuration["lr"])
+        optimizer = torch.optim.AdamW([*weights, {"params": list(loss.parameters())}], lr=configuration["lr"])
+        self.shares = [group["lr"] / configuration["lr"] for group in optimizer.param_groups]
         self.parallel, self.optimizer = accelerator.prepare(self.learner, optimizer)
         self.batch = configuration["batch_size"]
         self.steps = len(data.train) // self.batch
@@ -122,8 +126,8 @@ class Run:
         self.parallel.train()
         for images, targets in DataLoader(self.data.train, batch_sampler=batches, num_workers=configuration["workers"]):
             seed_everything(configuration["seed"], self.epoch, self.step, accelerator.process_index)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate()
+            for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+                group["lr"] = share * self.rate()
             loss = self.parallel(*named(images, targets, self.data, accelerator.device))
             accelerator.backward(loss)
             self.optimizer.step()

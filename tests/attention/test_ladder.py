@@ -129,9 +129,15 @@ def test_layer_is_built_on_meta_and_started_later(case):
     moved.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
     for name, value in moved.state_dict().items():
         leaf = name.rpartition(".")[2]
-        if (
+        last = "expand" in name if any("expand" in key for key in moved.state_dict()) else "scale" in name
+        if getattr(moved, "init", "paper") == "identity" and last:
+            assert (value == 0).all(), name
+        elif getattr(moved, "init", "paper") == "identity" and "alpha" in name:
+            assert (value == 2).all(), name
+        elif (
             "scale" in name
             or "alpha" in name
+            or "spread" in name
             or leaf == "running_var"
             or name.endswith(("bn1.weight", "bn2.weight", "bn.weight"))
         ):
@@ -140,7 +146,7 @@ def test_layer_is_built_on_meta_and_started_later(case):
             fan_out, fan_in = value.shape[0], value.shape[1]
             area = value[0, 0].numel()
             assert 0 < value.abs().max() <= (6 / (area * (fan_in + fan_out))) ** 0.5, name
-        else:  # biases, strengths, running means
+        else:  # biases, centers, running means
             assert (value == 0).all(), name
 
 

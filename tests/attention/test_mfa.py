@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import drifa_attn
 from drifa_attn import CLIA, HIFA, MFA, functional, ops
-from drifa_attn.attention.mfa import pair
+from drifa_attn.attention.mfa import pair, statistics
 from drifa_attn.layout import positions, scale
 from tests import reference, strategies
 from tests._compare import assert_same_bits, assert_same_math
@@ -44,7 +44,9 @@ def test_mfa_state_is_the_papers(c):
     mfa = MFA(c)
     assert shapes(mfa) == paper_shapes(c, c)
     assert sum(p.numel() for p in mfa.parameters()) == 8 * c * c + 9 * c + 1
-    assert shapes(MFA(c, init="identity")) == {**paper_shapes(c, c), "strength": (c,)}
+    buffers = dict.fromkeys(functional.Statistics._fields, (c,))
+    assert shapes(MFA(c, init="identity")) == {**paper_shapes(c, c), **buffers}
+    assert sum(p.numel() for p in MFA(c, init="identity").parameters()) == 8 * c * c + 9 * c + 1
     assert shapes(HIFA(c)) == {k[5:]: v for k, v in paper_shapes(c, c).items() if k.startswith("hifa.")}
     assert shapes(CLIA(c)) == {k[5:]: v for k, v in paper_shapes(c, c).items() if k.startswith("clia.")}
 
@@ -74,8 +76,9 @@ def test_mfa_is_the_equations(features, reduction, init, seed, dtype):
         mfa.local_scale,
         squeeze=pair(mfa.squeeze),
         expand=pair(mfa.expand),
+        statistics=statistics(mfa),
     )
-    factor = functional.gain(gate, mfa.alpha, mfa.strength)
+    factor = functional.gain(gate, mfa.alpha)
     with ops.use("reference"):
         assert_same_math(mfa(x), scale(x, factor, features.layout, features.num_prefix_tokens))
 
@@ -112,31 +115,48 @@ def test_identity_start_changes_no_bit(features, seed):
             assert_same_bits(mfa(x), x)
 
 
-def test_strength_leads_from_identity_to_the_paper(device):
-    x, mfa = torch.randn(2, 7, 5, device=device), built(7, init="identity").to(device)
-    paper = built(7).to(device)
-    paper.load_state_dict({name: value for name, value in mfa.state_dict().items() if name != "strength"})
-    torch.nn.init.ones_(mfa.strength)
-    assert_same_math(mfa(x), paper(x))
-    torch.nn.init.constant_(mfa.strength, 0.5)
-    assert_same_math(mfa(x), (x + paper(x)) / 2)
+@pytest.mark.parametrize("reduction", [None, 2])
+def test_the_identity_start_is_the_papers_equation(reduction, device):
+    """With the paper's weights it gives the paper's output, bit for bit: only the start differs."""
+    x, paper = torch.randn(2, 7, 5, device=device), built(7, reduction=reduction).to(device)
+    mfa = MFA(7, reduction=reduction, init="identity").to(device)
+    mfa.load_state_dict(paper.state_dict(), strict=False)
+    assert_same_bits(mfa(x), paper(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", [None, 2])
+def test_identity_start_passes_signed_zeros_and_infinities_elsewhere(dtype, reduction, device):
+    """The sample with an infinity becomes NaN where its gate does; no other sample and no negative zero changes."""
+    mfa, x = (
+        built(7, init="identity", reduction=reduction, start=True).to(device),
+        torch.randn(3, 7, 5, device=device).to(dtype),
+    )
+    x[0, :, ::2] = -0.0
+    assert_same_bits(mfa(x), x)
+    x[2, 3, 1] = torch.inf
+    assert_same_bits(mfa(x)[:2], x[:2])
 
 
 def test_paper_start_is_the_papers(device):
     mfa = built(64, init="paper", start=True).to(device)
-    assert mfa.strength is None
+    assert mfa.global_center is None
     assert_same_bits(mfa.global_scale, torch.ones(1, device=device))
     gate = mfa.gates(torch.randn(4, 64, 9, 9, device=device))
     assert gate.mean().item() == pytest.approx(0.82, abs=0.03)  # σ(0.5 + 1.0)
 
 
-def test_identity_start_trains(device):
-    """At first only strength, which is zero, gets a gradient; one step later everything does."""
-    mfa, x = built(7, init="identity", start=True).to(device), torch.randn(2, 7, 5, device=device)
+@pytest.mark.parametrize(
+    ("reduction", "first"),
+    [(None, {"alpha", "global_scale", "local_scale"}), (2, {"alpha", "expand.weight", "expand.bias"})],
+)
+def test_identity_start_trains(reduction, first, device):
+    """At first only what is zero, and alpha, get a gradient; one step later everything does."""
+    mfa = built(7, init="identity", reduction=reduction, start=True).to(device)
+    x = torch.randn(2, 7, 5, device=device)
     sgd = torch.optim.SGD(mfa.parameters(), lr=1.0)
     mfa(x).square().mean().backward()
-    assert mfa.strength.grad.abs().min() > 0
-    assert all(p.grad.abs().max() == 0 for name, p in mfa.named_parameters() if name != "strength")
+    assert {name for name, p in mfa.named_parameters() if p.grad.abs().max() > 0} == first
     sgd.step()
     mfa(x).square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in mfa.parameters())

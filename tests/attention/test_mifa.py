@@ -52,7 +52,8 @@ def wide_shapes(channels, d):
 def test_mifa_state_is_the_papers(c, m):
     assert shapes(MIFA(c, m)) == shapes(MIFA([c] * m)) == paper_shapes([c] * m, c)
     assert sum(p.numel() for p in MIFA(c, m).parameters()) == (m + 1) * (c * c + c) + (m + 1) * c + 1
-    assert shapes(MIFA(c, m, init="identity")) == {**paper_shapes([c] * m, c), **{f"strengths.{i}": (c,) for i in range(m)}}
+    buffers = dict.fromkeys(functional.Statistics._fields, (c,))
+    assert shapes(MIFA(c, m, init="identity")) == {**paper_shapes([c] * m, c), **buffers}
     assert shapes(MGIFA(c)) == linear("dense", c, c)
     assert shapes(MLIFA(c, m)) == {key: s for i in range(m) for key, s in linear(f"convs.{i}", c, c).items()}
 

@@ -121,7 +121,7 @@ def test_a_module_under_two_names_is_saved_and_comes_back(tmp_path):
     model, x = build(), torch.randn(2, 8, 4, 4)
     wrap(model, ["f"], example_input=x)
     for hook in refinements(model):
-        hook.attention.strength.data.add_(0.5)
+        hook.attention.alpha.data.add_(0.5)
     save_attention(model, tmp_path / "attention.safetensors")
     assert_same_bits(load_attention(build(), tmp_path / "attention.safetensors", example_input=x)(x), model(x))
 
@@ -170,16 +170,16 @@ BAD_FILES = {
         "holds 'x', which ResNet does not",
     ),
     "another shape": (
-        lambda p: resized(p, "strength", (3,)),
+        lambda p: resized(p, "alpha", (3,)),
         ValueError,
-        r"strength' is \(3,\) in the file and \(\d+,\) in ResNet",
+        r"alpha' is \(3,\) in the file and \(\d+,\) in ResNet",
     ),
     "another classifier": (
         lambda p: resized(p, "fc.bias", (3,)),
         ValueError,
         r"'fc.bias' is \(3,\) in the file and \(10,\) in",
     ),
-    "a later format": (lambda p: edited(p, version=3), ValueError, "version 3, this drifa_attn reads version 2"),
+    "a later format": (lambda p: edited(p, version=4), ValueError, "version 4, this drifa_attn reads version 3"),
     "another module": (lambda p: moved(p, module="layer9"), ValueError, "at 'layer9', a module that ResNet does not have"),
     "another leaf": (lambda p: moved(p, path=[0]), ValueError, r"attention at 'layer1.*\[0\]', where ResNet can take none"),
     "other channels": (
@@ -269,7 +269,7 @@ ROOTS = {
 @pytest.mark.parametrize("root", ROOTS)
 @torch.no_grad()
 def test_no_module_runs_attention_as_a_step_of_its_own(root, stage):
-    """A child of what runs its children would be run twice, unseen at strength zero."""
+    """A child of what runs its children would be run twice, unseen at its start."""
     torch.manual_seed(0)
     model = ROOTS[root](STAGES[stage](conv(), nn.BatchNorm2d(8), nn.ReLU(inplace=True)))
     site, x = next(name for name, _ in model.named_children()), torch.randn(2, 8, 6, 6)

@@ -88,6 +88,7 @@ def test_a_file_holds_what_was_added_alone_and_more_on_request(tmp_path):
     net, _ = trained()
     file, names = tmp_path / "fused.safetensors", {id(p): name for name, p in net.named_parameters()}
     added = {names[id(p)] for p in attention_parameters(net)} | {n for n in names.values() if n.startswith("heads.")}
+    added |= {name for name in net.state_dict() if name.endswith(("_center", "_spread"))}
     save_attention(net, file)
     assert load_file(file).keys() == added
     save_attention(net, file, classifier=True)
@@ -142,7 +143,7 @@ def save_edited(path, tensors):
 
 BAD_FILES = {
     "a tensor is missing": (
-        lambda p: without(p, "refiners.1.global"),
+        lambda p: without(p, "refiners.1.global_scale"),
         "file lacks 'refiners.1.global_scale', which Fused has",
     ),
     "a tensor too many": (

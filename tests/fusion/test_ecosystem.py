@@ -154,7 +154,7 @@ def test_attention_around_stages_works(first):
     carriers = [name for name, module in model.named_modules() if STEPS in vars(module)]
     assert carriers == [f"stages.{i}" for i in range(4)]
     for hook in refinements(net):
-        hook.attention.strength.fill_(0.5)
+        hook.attention.alpha.fill_(3.0)
     assert_same_bits(net.features({"ct": x})["ct"], model(x))
     assert not torch.equal(model(x), plain)
     torch._dynamo.reset()
@@ -239,7 +239,7 @@ def test_disabled_branches_are_their_own_backbones():
     wrap(net.branches["resnet"], example_input=inputs["resnet"])
     perturb_(net.refiners)
     for hook in refinements(net):
-        hook.attention.strength.fill_(0.5)
+        hook.attention.alpha.fill_(3.0)
     gated = net.features(inputs)
     with disabled(net):
         for name, feature in net.features(inputs).items():

@@ -88,7 +88,7 @@ def test_vectors_meet_after_every_linear_layer(build, expected, at):
     inputs = {"record": x, "other": torch.randn(2, 5)}
     assert_same_bits(net.features(inputs)["record"], y)
     for refiner in net.refiners:
-        refiner.strengths[0].fill_(0.5)
+        refiner.alphas[0].fill_(3.0)
     assert not torch.equal(net.features(inputs)["record"], y)
 
 

@@ -29,7 +29,7 @@ def moved(model):
     drifa_attn.wrap(model)
     for module in model.modules():
         if isinstance(module, MFA):
-            nn.init.constant_(module.strength, 0.5)
+            nn.init.constant_(module.alpha, 3.0)
     return model
 
 
@@ -133,7 +133,7 @@ def test_copies_carry_weights_of_their_own(copied, x):
     other = copied(model)
     assert_same_bits(other(x), model(x))
     for _, attention in placed(other):
-        nn.init.constant_(attention.strength, 5.0)
+        nn.init.constant_(attention.alpha, 5.0)
     assert not torch.equal(other(x), model(x))
     drifa_attn.unwrap(other)
     assert_same_bits(other(x), network()(x))
@@ -165,7 +165,7 @@ def test_replicas_of_data_parallel_use_their_own_weights(x, monkeypatch):
     assert_same_bits(replica(x), expected)
     for module in replica.modules():
         if isinstance(module, MFA):
-            module.strength.fill_(50.0)
+            module.alpha.fill_(50.0)
     assert not torch.equal(replica(x), expected)
     assert_same_bits(model(x), expected)
 

@@ -73,7 +73,7 @@ def test_paper_variant_is_dense_with_paper_init():
     for site in chosen.sites:
         assert site.params == sum(p.numel() for p in MFA(site.channels).parameters())
     attentions = [m for m in wrap(model, variant="paper").modules() if isinstance(m, MFA)]
-    assert all(m.reduction is None and m.strength is None for m in attentions)
+    assert all(m.reduction is None and m.init == "paper" for m in attentions)
     assert Counter(m.channels for m in attentions) == {64: 6, 128: 6, 256: 6, 512: 6}
 
 
@@ -146,7 +146,7 @@ def test_dense_blocks_of_a_resnet50_cost_what_the_docs_say():
         f"{100 * sum(getattr(s, what) for s in p.sites) / getattr(p, what):.1f}" for p in (dense, reduced) for what in KINDS
     ]
     assert shares == ["630.4", "403.6", "12.5", "6.6"]
-    assert all(site.params == 8 * site.channels**2 + 9 * site.channels + 1 + site.channels for site in dense.sites)  # strength
+    assert all(site.params == 8 * site.channels**2 + 9 * site.channels + 1 for site in dense.sites)
 
 
 KINDS = ("params", "flops")

@@ -87,7 +87,7 @@ def gained(t, site, attention):
     maps = t if site.layout == "b c ..." else t[:, site.num_prefix_tokens :].movedim(-1, 1)
     plain = copy.copy(attention)
     plain.layout, plain.num_prefix_tokens = "b c ...", 0
-    factor = 1 + attention.strength * (plain.gates(maps) * attention.alpha - 1)
+    factor = plain.gates(maps) * attention.alpha
     maps = maps * factor[(..., *[None] * (maps.ndim - 2))]
     return maps if site.layout == "b c ..." else torch.cat([t[:, : site.num_prefix_tokens], maps.movedim(1, -1)], 1)
 

@@ -1,0 +1,1 @@
+"""Does attention help? One protocol, many arms, paired seeds."""

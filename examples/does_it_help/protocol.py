@@ -1,0 +1,171 @@
+"""The protocol that every arm goes through: its rate is chosen on validation images, then it is trained and tested once a seed.
+
+Within a seed all arms see the same training images, in the same order, flipped alike, and start from the same head.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional import classification
+
+from .arms import ARMS, adapted, batched, deviations, groups, refined, trained_weights
+from .data import Collection, Part
+from .networks import pretrained
+
+CHOOSING = 1000  # the seed that rates are chosen with; the seeds of the test are 0, 1, ...
+CALIBRATION = 256  # images
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all arms have in common."""
+
+    network: str
+    sites: tuple[str, ...]
+    seeds: int
+    images: int
+    epochs: int
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    batch: int = 32
+
+
+class Rows:
+    """The finished runs, one line of JSON each; a line is written when its run is finished."""
+
+    def __init__(self, path: Path, protocol: Protocol) -> None:
+        self.path = path
+        self.protocol = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(protocol).items()}
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for row in self.rows:
+            if row["protocol"] | {"seeds": 0} != self.protocol | {"seeds": 0}:
+                raise ValueError(
+                    f"{path} holds rows of another protocol, {row['protocol']}: move it away, or name another output."
+                )
+
+    def find(self, **wanted: Any) -> list[Row]:
+        """The rows with these values."""
+        return [row for row in self.rows if all(row[key] == value for key, value in wanted.items())]
+
+    def add(self, row: Row) -> None:
+        """Write one more row."""
+        row = row | {"protocol": self.protocol}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def runs(collection: Collection, protocol: Protocol, arms: Sequence[str], rows: Rows) -> Iterator[tuple[str, int]]:
+    """Do what has no row yet; before each run what it is, and how many are finished."""
+    finished = 0
+    for arm in arms:
+        for rate in protocol.rates:
+            yield f"{collection.name}: {arm}, rate {rate:g}", finished
+            if not rows.find(arm=arm, seed=CHOOSING, rate=rate):
+                rows.add(once(collection, protocol, arm, CHOOSING, rate, on="validation"))
+            finished += 1
+    for seed in range(protocol.seeds):
+        for arm in arms:
+            tried = [row for row in rows.find(arm=arm, seed=CHOOSING) if row["rate"] in protocol.rates]
+            rate = max(tried, key=lambda row: row["balanced_accuracy"])["rate"]
+            yield f"{collection.name}: {arm}, seed {seed}", finished
+            if not rows.find(arm=arm, seed=seed):
+                rows.add(once(collection, protocol, arm, seed, rate, on="test"))
+            finished += 1
+    yield f"{collection.name}: finished", finished
+
+
+def once(collection: Collection, protocol: Protocol, name: str, seed: int, rate: float, *, on: str) -> Row:
+    """One run of an arm, measured on one part of the collection."""
+    arm = ARMS[name]
+    drawn = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(collection.parts["train"]), generator=drawn)[: protocol.images]
+    train, held = collection.parts["train"][rows], collection.parts[on]
+    torch.manual_seed(seed)
+    model = pretrained(protocol.network, len(collection.classes))
+    before, behind = adapted(model, arm, protocol.sites, train.images[:CALIBRATION])
+    flipped = batched(before, torch.cat([train.images, train.images.flip(-1)]))
+    inputs = Part(flipped.reshape(2, len(train), *flipped.shape[1:]).transpose(0, 1), train.labels)
+    head = model.get_classifier()
+    optimizer = torch.optim.AdamW(groups(behind, head, arm, rate))
+    seconds = fit(behind, optimizer, inputs, protocol, seed, learns_statistics=arm.tunes == "all")
+    features = batched(before, held.images)
+    behind.eval()
+    return {
+        "data": collection.name,
+        "arm": name,
+        "seed": seed,
+        "rate": rate,
+        "part": on,
+        **scores(batched(behind, features).softmax(1), held.labels),
+        "trained": trained_weights(behind),
+        "step_ms": 1000 * median(seconds),
+        "kept_mb": kept(behind, inputs.images[: protocol.batch, 0]) / 1e6,
+        "deviations": deviations(behind, features) if refined(behind) else [],
+        "torch": torch.__version__,
+    }
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Part,
+    protocol: Protocol,
+    seed: int,
+    *,
+    learns_statistics: bool,
+) -> list[float]:
+    """Train on inputs `b 2 ...`, each image and its mirror image; the seconds of every step."""
+    chance = torch.Generator().manual_seed(seed)
+    steps = protocol.epochs * (len(inputs) // protocol.batch)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
+    seconds = []
+    for _ in range(protocol.epochs):
+        model.train(learns_statistics)  # batch norms of a frozen network keep their statistics
+        order = torch.randperm(len(inputs), generator=chance)
+        sides = torch.randint(2, (len(inputs),), generator=chance)
+        for rows in order.split(protocol.batch)[: len(inputs) // protocol.batch]:
+            start = time.perf_counter()
+            loss = cross_entropy(model(inputs.images[rows, sides[rows]]), inputs.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """What predictions are worth: the metrics are means over classes; ECE has 15 bins, less is better."""
+    classes, predicted = probs.shape[1], probs.argmax(1)
+    return {
+        "accuracy": (predicted == labels).double().mean().item(),
+        "balanced_accuracy": classification.multiclass_recall(predicted, labels, classes, average="macro").item(),
+        "macro_f1": classification.multiclass_f1_score(predicted, labels, classes, average="macro").item(),
+        "ece": classification.multiclass_calibration_error(probs, labels, classes, n_bins=15).item(),
+    }
+
+
+def kept(model: nn.Module, inputs: Tensor) -> int:
+    """The bytes that a forward pass keeps for the backward pass; memory that is shared counts once, weights do not."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(inputs)
+    return sum(found.values())

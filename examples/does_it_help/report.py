@@ -1,0 +1,168 @@
+"""Tables and pictures from finished runs: paired differences with intervals, and how much the gates attend."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+from scipy.stats import bootstrap
+
+from .arms import ARMS
+
+BASELINE, ENOUGH, ATTENDS = "head only", 2, 0.03
+# (arm, the arm it is compared with, the question)
+PAIRS = [
+    *((arm, BASELINE, "against the head alone") for arm in ARMS if arm != BASELINE),
+    ("MFA", "constant", "does the gate have to look at the image?"),
+    ("MFA", "MFA, uncalibrated", "does calibration help?"),
+    ("MFA", "SE", "the paper's attention or SE?"),
+    ("norms + MFA", "norms", "does MFA add to the norms?"),
+    ("norms + SE", "norms", "does SE add to the norms?"),
+    ("all + MFA", "all", "does MFA add to full fine-tuning?"),
+    ("all + SE", "all", "does SE add to full fine-tuning?"),
+]
+Runs = dict[str, dict[int, Mapping[str, Any]]]  # arm, seed
+
+
+def tested(path: Path) -> Runs:
+    """The rows of the test, by arm and seed."""
+    found: Runs = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        if row["part"] == "test":
+            found.setdefault(row["arm"], {})[row["seed"]] = row
+    return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def difference(runs: Runs, arm: str, other: str) -> tuple[float, float, float] | None:
+    """The mean difference in balanced accuracy over seeds that both arms have, in points, and its bootstrap 95 % interval."""
+    seeds = sorted(set(runs.get(arm, {})) & set(runs.get(other, {})))
+    if len(seeds) < ENOUGH:
+        return None
+    gaps = np.array([100 * (runs[arm][s]["balanced_accuracy"] - runs[other][s]["balanced_accuracy"]) for s in seeds])
+    if np.ptp(gaps) == 0:
+        return float(gaps.mean()), float(gaps.mean()), float(gaps.mean())
+    interval = bootstrap((gaps,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return float(gaps.mean()), float(interval.low), float(interval.high)
+
+
+def spread(values: Sequence[float], digits: int = 1, factor: float = 100) -> str:
+    """Mean and standard deviation."""
+    values = [factor * value for value in values]
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(runs: Runs) -> str:
+    """One line for each arm."""
+    lines = [
+        "| arm | balanced accuracy | macro-F1 | ECE | rate | weights trained | step, of the head's | kept for backward "
+        "| deviation of the gain over images, by site |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    unit = {seed: row["step_ms"] for seed, row in runs.get(BASELINE, {}).items()}
+    for arm, rows in runs.items():
+        some = list(rows.values())
+        ratios = [row["step_ms"] / unit[seed] for seed, row in rows.items() if seed in unit]
+        sites = [mean(site) for site in zip(*(row["deviations"] for row in some), strict=True)]
+        scores = " | ".join(spread([row[metric] for row in some]) for metric in ("balanced_accuracy", "macro_f1", "ece"))
+        lines.append(
+            f"| {arm} | {scores} | {some[0]['rate']:g} | {some[0]['trained']:,} | {mean(ratios):.1f} "
+            f"| {mean(row['kept_mb'] for row in some):.1f} MB | {', '.join(f'{site:.3f}' for site in sites) or '–'} |"
+        )
+    return "\n".join(lines)
+
+
+def pairs(runs: Runs) -> str:
+    """One line for each question."""
+    lines = ["| | points of balanced accuracy | 95 % interval | |", "|---|---|---|---|"]
+    for arm, other, question in PAIRS:
+        found = difference(runs, arm, other)
+        if found:
+            low, high = found[1:]
+            verdict = "gains" if low > 0 else "loses" if high < 0 else "cannot be told"
+            lines.append(f"| {arm} − {other}: {question} | {found[0]:+.1f} | {low:+.1f} to {high:+.1f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def text(name: str, runs: Runs) -> str:
+    """The whole report on one collection."""
+    row = next(iter(next(iter(runs.values())).values()))
+    protocol, seeds = row["protocol"], min(len(rows) for rows in runs.values())
+    return "\n\n".join(
+        [
+            f"# {name}",
+            f"{protocol['network']}, attention at {', '.join(protocol['sites'])}; {protocol['images']} training images, "
+            f"{protocol['epochs']} epochs, {seeds} seeds (mean ± standard deviation over seeds, in per cent). The rate of each "
+            f"arm is the best of {', '.join(f'{rate:g}' for rate in protocol['rates'])} on the validation images, with a seed "
+            f"that the test does not use. torch {row['torch']}, one CPU.",
+            table(runs),
+            "Paired differences over the same seeds, with bootstrap intervals of their mean. Few seeds make these intervals "
+            "narrower than they should be:",
+            pairs(runs),
+            f"![differences]({name}-differences.png)",
+            f"![gates]({name}-gates.png)\n",
+        ]
+    )
+
+
+def draw_differences(name: str, runs: Runs, path: Path) -> None:
+    """Each arm against the head alone: mean, interval, and every seed."""
+    arms = [arm for arm in runs if arm != BASELINE and difference(runs, arm, BASELINE)]
+    figure = Figure(figsize=(9, 0.42 * len(arms) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    for y, arm in enumerate(arms):
+        center, low, high = difference(runs, arm, BASELINE)  # type: ignore[misc]
+        colour = "#b2182b" if "MFA" in arm else "#2166ac" if ARMS[arm].wrap is not None else "#4d4d4d"
+        seeds = set(runs[arm]) & set(runs[BASELINE])
+        each = [100 * (runs[arm][s]["balanced_accuracy"] - runs[BASELINE][s]["balanced_accuracy"]) for s in seeds]
+        axes.plot(each, [y] * len(each), "o", color=colour, alpha=0.3, markersize=5)
+        axes.plot([low, high], [y, y], color=colour, linewidth=3)
+        axes.plot(center, y, "D", color=colour, markersize=7)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set_xlabel("points of balanced accuracy above the head alone: mean, 95 % interval, each seed")
+    axes.set_title(f"{name}: what each arm gains (red: with MFA, blue: other attention, grey: none)", loc="left")
+    axes.grid(axis="x", color="#dddddd")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def draw_gates(name: str, runs: Runs, path: Path) -> None:
+    """How much the gates of each arm attend, site by site."""
+    arms = [arm for arm, rows in runs.items() if all(row["deviations"] for row in rows.values())]
+    sites = next(iter(runs.values()))[0]["protocol"]["sites"]
+    figure = Figure(figsize=(9, 0.5 * len(arms) + 1.8), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(sites)
+    for i, (site, colour) in enumerate(zip(sites, ("#fdae61", "#d7604c", "#7f1d3a") * len(sites), strict=False)):
+        values = [mean(row["deviations"][i] for row in runs[arm].values()) for arm in arms]
+        bars = axes.barh([y + (i - 1) * height for y in range(len(arms))], values, height, color=colour, label=site)
+        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axes.axvline(ATTENDS, color="black", linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set_xlabel("standard deviation of a channel's gain over the test images, mean over channels")
+    axes.set_title(f"{name}: how much the gates attend (left of the dotted line: hardly)", loc="left")
+    axes.legend(frameon=False, loc="lower right", title="site")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def report(folder: Path, console: Console) -> None:
+    """Write the table and the pictures of every collection that has rows in a folder."""
+    for path in sorted(folder.glob("*.jsonl")):
+        runs = tested(path)
+        if not runs:
+            continue
+        name = path.stem
+        (folder / f"{name}.md").write_text(text(name, runs))
+        draw_differences(name, runs, folder / f"{name}-differences.png")
+        draw_gates(name, runs, folder / f"{name}-gates.png")
+        console.print(Markdown(text(name, runs)))
+        console.print(f"Written to {folder / name}.md and two pictures beside it.")
