@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-elsewhere lint matrix bench kernels clean
 
 demo: .venv/examples
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python -m examples.quickstart
 	$(BIN)/python -m examples.drifa_net.train --model fuse --epochs 5 --output outputs/fuse
 	$(BIN)/python -m examples.drifa_net.figures outputs/fuse/fuse-seed0
 

@@ -1,7 +1,6 @@
 import ast
 import inspect
 import re
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -11,12 +10,9 @@ from pathlib import Path
 import pytest
 
 import drifa_attn
+from tests._process import run
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*command, **options):
-    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
 
 
 def test_import_loads_neither_timm_nor_triton():

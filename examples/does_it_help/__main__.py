@@ -11,6 +11,7 @@ Each run is a row that is written when it is finished. A stopped comparison goes
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .arms import ARMS
 from .data import read
 from .networks import LITE0, SITES
-from .protocol import Protocol, Rows, runs
+from .protocol import Protocol, Rows, runs, steps
 from .report import report
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,6 +77,10 @@ def run(options: argparse.Namespace, output: Path, console: Console) -> None:
         task = progress.add_task(collection.name, total=len(options.arms) * (protocol.seeds + len(protocol.rates)))
         for description, finished in runs(collection, protocol, options.arms, rows):
             progress.update(task, description=description, completed=finished)
+    timed = output / f"{collection.name}-steps.json"
+    if not timed.exists():
+        console.print("Measuring the time of a step, all arms side by side.")
+        timed.write_text(json.dumps(steps(collection, protocol, options.arms), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ Within a seed all arms see the same training images, in the same order, flipped 
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def once(collection: Collection, protocol: Protocol, name: str, seed: int, rate:
     inputs = Part(flipped.reshape(2, len(train), *flipped.shape[1:]).transpose(0, 1), train.labels)
     head = model.get_classifier()
     optimizer = torch.optim.AdamW(groups(behind, head, arm, rate))
-    seconds = fit(behind, optimizer, inputs, protocol, seed, learns_statistics=arm.tunes == "all")
+    fit(behind, optimizer, inputs, protocol, seed, learns_statistics=arm.tunes == "all")
     features = batched(before, held.images)
     behind.eval()
     return {
@@ -107,7 +106,6 @@ def once(collection: Collection, protocol: Protocol, name: str, seed: int, rate:
         "part": on,
         **scores(batched(behind, features).softmax(1), held.labels),
         "trained": trained_weights(behind),
-        "step_ms": 1000 * median(seconds),
         "kept_mb": kept(behind, inputs.images[: protocol.batch, 0]) / 1e6,
         "deviations": deviations(behind, features) if refined(behind) else [],
         "torch": torch.__version__,
@@ -169,3 +167,22 @@ def kept(model: nn.Module, inputs: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(inputs)
     return sum(found.values())
+
+
+def steps(collection: Collection, protocol: Protocol, arms: Sequence[str], rounds: int = 8) -> dict[str, float]:
+    """The milliseconds of a training step of every arm, the best of several rounds in which the arms take turns."""
+    whole = collection.parts["train"]
+    train = whole[torch.arange(min(CALIBRATION, len(whole)))]
+    ready = {}
+    for name in arms:
+        model = pretrained(protocol.network, len(collection.classes))
+        before, behind = adapted(model, ARMS[name], protocol.sites, train.images)
+        optimizer = torch.optim.AdamW(groups(behind, model.get_classifier(), ARMS[name], 1e-3))
+        ready[name] = behind, optimizer, Part(batched(before, train.images)[:, None], train.labels)
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for name in list(arms) * rounds:
+        behind, optimizer, inputs = ready[name]
+        single = Part(inputs.images.expand(-1, 2, *inputs.images.shape[2:]), inputs.labels)
+        one = replace(protocol, epochs=1)
+        found[name] += fit(behind, optimizer, single, one, 0, learns_statistics=ARMS[name].tunes == "all")
+    return {name: 1000 * min(seconds) for name, seconds in found.items()}

@@ -56,21 +56,19 @@ def spread(values: Sequence[float], digits: int = 1, factor: float = 100) -> str
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def table(runs: Runs) -> str:
-    """One line for each arm."""
+def table(runs: Runs, steps: Mapping[str, float]) -> str:
+    """One line for each arm; `steps` has the milliseconds of a training step."""
     lines = [
-        "| arm | balanced accuracy | macro-F1 | ECE | rate | weights trained | step, of the head's | kept for backward "
-        "| deviation of the gain over images, by site |",
+        "| arm | balanced accuracy | macro-F1 | ECE | rate | weights trained | time of a step, head alone = 1 "
+        "| kept for backward | deviation of the gain over images, by site |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    unit = {seed: row["step_ms"] for seed, row in runs.get(BASELINE, {}).items()}
     for arm, rows in runs.items():
         some = list(rows.values())
-        ratios = [row["step_ms"] / unit[seed] for seed, row in rows.items() if seed in unit]
         sites = [mean(site) for site in zip(*(row["deviations"] for row in some), strict=True)]
         scores = " | ".join(spread([row[metric] for row in some]) for metric in ("balanced_accuracy", "macro_f1", "ece"))
         lines.append(
-            f"| {arm} | {scores} | {some[0]['rate']:g} | {some[0]['trained']:,} | {mean(ratios):.1f} "
+            f"| {arm} | {scores} | {some[0]['rate']:g} | {some[0]['trained']:,} | {steps[arm] / steps[BASELINE]:.1f} "
             f"| {mean(row['kept_mb'] for row in some):.1f} MB | {', '.join(f'{site:.3f}' for site in sites) or '–'} |"
         )
     return "\n".join(lines)
@@ -88,7 +86,7 @@ def pairs(runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def text(name: str, runs: Runs) -> str:
+def text(name: str, runs: Runs, steps: Mapping[str, float]) -> str:
     """The whole report on one collection."""
     row = next(iter(next(iter(runs.values())).values()))
     protocol, seeds = row["protocol"], min(len(rows) for rows in runs.values())
@@ -99,7 +97,7 @@ def text(name: str, runs: Runs) -> str:
             f"{protocol['epochs']} epochs, {seeds} seeds (mean ± standard deviation over seeds, in per cent). The rate of each "
             f"arm is the best of {', '.join(f'{rate:g}' for rate in protocol['rates'])} on the validation images, with a seed "
             f"that the test does not use. torch {row['torch']}, one CPU.",
-            table(runs),
+            table(runs, steps),
             "Paired differences over the same seeds, with bootstrap intervals of their mean. Few seeds make these intervals "
             "narrower than they should be:",
             pairs(runs),
@@ -161,8 +159,9 @@ def report(folder: Path, console: Console) -> None:
         if not runs:
             continue
         name = path.stem
-        (folder / f"{name}.md").write_text(text(name, runs))
+        found = text(name, runs, json.loads((folder / f"{name}-steps.json").read_text()))
+        (folder / f"{name}.md").write_text(found)
         draw_differences(name, runs, folder / f"{name}-differences.png")
         draw_gates(name, runs, folder / f"{name}-gates.png")
-        console.print(Markdown(text(name, runs)))
+        console.print(Markdown(found))
         console.print(f"Written to {folder / name}.md and two pictures beside it.")

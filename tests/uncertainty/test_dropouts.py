@@ -11,8 +11,8 @@ from torch import nn
 
 from drifa_attn import add_dropout, ensemble, mc_dropout, wrap
 from tests._compare import assert_same_bits, assert_same_math
+from tests._uncertainty import X, assert_same_result, modes, net, seeded, spread
 from tests.networks import Net, built
-from tests.uncertainty.test_estimate import X, assert_same_result, modes, net, seeded, spread
 
 
 def of_timm(name, size, **options):

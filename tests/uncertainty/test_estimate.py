@@ -1,7 +1,6 @@
 """Uncertainty from several passes (Fig. 1B), against a transcription in NumPy float64 that takes the other way round."""
 
 import copy
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -15,10 +14,9 @@ from torch import nn
 from drifa_attn import Uncertainty, add_dropout, ensemble, fuse, mc_dropout
 from drifa_attn.uncertainty.estimate import random_sources
 from tests._compare import assert_close_rel, assert_same_bits, assert_same_math, exact
+from tests._uncertainty import FIELDS, Heads, Says, X, assert_same_result, members, modes, net, seeded
 from tests.networks import built
 from tests.strategies import SEEDS
-
-FIELDS = [field.name for field in dataclasses.fields(Uncertainty)]
 
 
 def reference(logits):
@@ -41,44 +39,6 @@ def assert_is(result, expected, rel=1e-10):
         assert_close_rel(getattr(result, name), getattr(expected, name), rel, floor=rel, name=name)
 
 
-def assert_same_result(one, other):
-    for name in FIELDS:
-        assert_same_bits(getattr(one, name), getattr(other, name))
-
-
-class Says(nn.Module):
-    """A network that gives these logits whatever it is asked, and one batch of them a call where there are several."""
-
-    def __init__(self, *each):
-        super().__init__()
-        self.each, self.calls = each, 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.each[(self.calls - 1) % len(self.each)]
-
-
-def members(logits):
-    return [Says(one) for one in logits]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def net(p=0.5, classes=4):
-    """A small network with batch norm and dropout in training mode, moved off its start."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(p), nn.Linear(8, classes))
-    model(torch.randn(16, 6))
-    return model
-
-
-def spread(result):
-    """How far the passes are apart."""
-    return max(result.variance.max().item() for result in (result.values() if isinstance(result, dict) else [result]))
-
-
-X = torch.randn(5, 6, generator=seeded())
 VALUES = st.sampled_from([1e4, -1e4, -math.inf, 0.0, 30.0])
 
 
@@ -200,10 +160,6 @@ def test_an_ensemble_is_one_pass_of_each_in_eval_mode():
 
 
 # What is left as it was --------------------------------------------------------------------------------------------------
-
-
-def modes(model):
-    return [module.training for module in model.modules()]
 
 
 @pytest.mark.parametrize("run", [mc_dropout, ensemble])
@@ -342,19 +298,6 @@ def test_chunks_of_monte_carlo_passes():
 def test_an_empty_batch_gives_an_empty_result(chunk):
     result = mc_dropout(net(), X[:0], 3, chunk=chunk)
     assert [tuple(getattr(result, name).shape) for name in FIELDS] == [(0, 4), (0,), (0,), (0,), (0, 4)]
-
-
-class Heads(nn.Module):
-    """Several inputs, several heads, in the nesting that `out` makes of two logits."""
-
-    def __init__(self, out, take=lambda *xs: xs):
-        super().__init__()
-        self.body, self.out, self.take = net(classes=7), out, take
-
-    def forward(self, *args):
-        a, b, *_ = self.take(*args)
-        z = self.body(a) + self.body(b)
-        return self.out(z[:, :3], z[:, 3:])
 
 
 NESTINGS = {

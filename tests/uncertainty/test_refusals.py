@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drifa_attn import ensemble, mc_dropout
-from tests.uncertainty.test_estimate import Heads, Says, X, members, net
+from tests._uncertainty import Heads, Says, X, members, net
 
 BAD = {
     "one sample": (lambda: mc_dropout(net(), X, 1), ValueError, r"mc_dropout expected at least 2 passes in all, got 1"),

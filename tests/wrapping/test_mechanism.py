@@ -15,6 +15,7 @@ import drifa_attn
 from drifa_attn import MFA
 from drifa_attn.wrapping.inject import STEPS, Carried, placed
 from tests._compare import assert_same_bits, assert_same_math
+from tests.cases import perturb_
 
 SITE = "layer2"
 
@@ -29,7 +30,7 @@ def moved(model):
     drifa_attn.wrap(model)
     for module in model.modules():
         if isinstance(module, MFA):
-            nn.init.constant_(module.alpha, 3.0)
+            perturb_(module)
     return model
 
 

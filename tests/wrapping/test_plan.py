@@ -145,7 +145,7 @@ def test_dense_blocks_of_a_resnet50_cost_what_the_docs_say():
     shares = [
         f"{100 * sum(getattr(s, what) for s in p.sites) / getattr(p, what):.1f}" for p in (dense, reduced) for what in KINDS
     ]
-    assert shares == ["630.4", "403.6", "12.5", "6.6"]
+    assert shares == ["630.3", "403.6", "12.5", "6.6"]
     assert all(site.params == 8 * site.channels**2 + 9 * site.channels + 1 for site in dense.sites)
 
 
@@ -358,9 +358,9 @@ BAD_ARGUMENTS = [
     ({"reduction": True}, ValueError, "got True"),
     ({"init": "zero"}, ValueError, 'wrap expected init "paper" or "identity", got \'zero\''),
     ({"variant": "papers"}, ValueError, "variant expected None or \"paper\", got 'papers'"),
-    ({"variant": "paper", "at": "block"}, ValueError, 'variant="paper" sets at, reduction and init itself'),
-    ({"variant": "paper", "reduction": None}, ValueError, 'variant="paper" sets at, reduction and init itself'),
-    ({"variant": "paper", "init": "paper"}, ValueError, 'variant="paper" sets at, reduction and init itself'),
+    ({"variant": "paper", "at": "block"}, ValueError, 'variant="paper" sets at, attention, reduction and init itself'),
+    ({"variant": "paper", "reduction": None}, ValueError, 'variant="paper" sets at, attention, reduction and init itself'),
+    ({"variant": "paper", "init": "paper"}, ValueError, 'variant="paper" sets at, attention, reduction and init itself'),
     ({"layouts": {"layer1": "b h w c"}}, ValueError, r"layouts.* expected layout \"b c \.\.\.\" or .*, got 'b h w c'"),
     ({"at": ["layer1"], "layouts": {"fc": "b c ..."}}, ValueError, "layouts names 'fc', which at= does not select"),
     ({"example_input": "cat.jpg"}, TypeError, "example_input expected a tensor, a tuple .*, got 'cat.jpg'"),
