@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import drifa_attn
+from examples.tables import markdown, mean_sd
 
 STEPS, RATE, BATCH, WIDTH = 150, 5e-3, 128, 64  # chosen for time and convergence on training samples
 FOLDS, SEEDS = 5, 3
@@ -236,24 +237,16 @@ def gathered(results: Sequence[tuple[str, int, dict[str, dict[str, float]]]]) ->
     return found
 
 
-def summary(scores: Sequence[float]) -> str:
-    """Mean and, of several, standard deviation."""
-    return f"{mean(scores):.3f}" + (f" ± {stdev(scores):.3f}" if len(scores) > 1 else "")
-
-
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown, from what the JSON holds and nothing else."""
     views = ", ".join(f"{name} ({features})" for name, features in result["views"].items())
     lines = [f"## {result['data']}: {result['samples']} samples, {result['classes']} classes; views (features): {views}"]
     for protocol, scores in result["scores"].items():
         where = f"{result['folds']}-fold cross-validation" if protocol == "folds" else f"{result['test_samples']} test samples"
-        lines += [
-            f"\nBalanced accuracy, {where}, mean and standard deviation over {result['seeds']} seeds.\n",
-            f"| views present | {' | '.join(scores)} |",
-            "|---|" + "---|" * len(scores),
-        ]
-        for subset in next(iter(scores.values())):
-            lines.append(f"| {subset} | {' | '.join(summary(by_subset[subset]) for by_subset in scores.values())} |")
+        lines.append(f"\nBalanced accuracy, {where}, mean and standard deviation over {result['seeds']} seeds.\n")
+        subsets = next(iter(scores.values()))
+        rows = [[subset, *(mean_sd(by_subset[subset]) for by_subset in scores.values())] for subset in subsets]
+        lines.append(markdown(["views present", *scores], rows))
     return "\n".join(lines) + "\n"
 
 

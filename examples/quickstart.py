@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import drifa_attn
 from examples.does_it_help.networks import lite0
+from examples.tables import mean_sd
 
 # Rates that were best on the validation images, for each way from the grid 0.003, 0.01, 0.03.
 EPOCHS, HEAD_RATE, RATES = 12, 0.03, {"lr": 3e-3, "attention_lr": 1e-2}
@@ -110,11 +111,6 @@ def downstream(pretrained: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def summary(scores: list[float]) -> str:
-    """Their mean and, of several, standard deviation."""
-    return f"{mean(scores):.1f} ± {stdev(scores):.1f} %" if len(scores) > 1 else f"{mean(scores):.1f} %"
-
-
 def draw_gains(axes: Axes, gains: Tensor, site: str, images: Images) -> None:
     """How the gains of one site differ between images: one row an image, sorted by digit, less each channel's mean."""
     per_class = 8
@@ -141,7 +137,9 @@ def draw_curves(axes: Axes, curves: Scores, tests: dict[str, list[float]]) -> No
         epochs = range(1, len(runs[0]) + 1)
         axes.plot(epochs, list(zip(*runs, strict=True)), color=COLOURS[name], linewidth=0.8, alpha=0.5)
         average = [mean(scores) for scores in zip(*runs, strict=True)]
-        axes.plot(epochs, average, color=COLOURS[name], linewidth=3, label=f"{name}: {summary(tests[name])} on the test images")
+        axes.plot(
+            epochs, average, color=COLOURS[name], linewidth=3, label=f"{name}: {mean_sd(tests[name], 1)} % on the test images"
+        )
     axes.set(title="Accuracy on the validation images, per cent", xlabel="epoch")
     axes.legend(frameon=False, loc="lower right", reverse=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -263,7 +261,7 @@ class Demo:
         for name, scores in tests.items():
             trained = sum(parameter.numel() for parameter in models[name].parameters() if parameter.requires_grad)
             ratio = median(self.seconds[name]) / median(self.seconds[HEAD])
-            table.add_row(name, summary(scores), f"{trained:,}", f"{ratio:.1f}x the head's")
+            table.add_row(name, f"{mean_sd(scores, 1)} %", f"{trained:,}", f"{ratio:.1f}x the head's")
         self.console.print(table)
         drifa_attn.save_attention(model, self.small, classifier=True)
         torch.save(model.state_dict(), self.whole)

@@ -1,9 +1,9 @@
 """Tables and pictures from finished runs: paired differences with intervals, and how much the gates attend."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 from scipy.stats import bootstrap
+
+from examples.tables import markdown, mean_sd
 
 from .arms import ARMS
 
@@ -50,40 +52,38 @@ def difference(runs: Runs, arm: str, other: str) -> tuple[float, float, float] |
     return float(gaps.mean()), float(interval.low), float(interval.high)
 
 
-def spread(values: Sequence[float], digits: int = 1, factor: float = 100) -> str:
-    """Mean and standard deviation."""
-    values = [factor * value for value in values]
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def table(runs: Runs, steps: Mapping[str, float]) -> str:
     """One line for each arm; `steps` has the milliseconds of a training step."""
-    lines = [
-        "| arm | balanced accuracy | macro-F1 | ECE | rate | weights trained | time of a step, head alone = 1 "
-        "| kept for backward | deviation of the gain over images, by site |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["arm", "balanced accuracy", "macro-F1", "ECE", "rate", "weights trained", "time of a step, head alone = 1"]
+    lines = []
     for arm, rows in runs.items():
         some = list(rows.values())
         sites = [mean(site) for site in zip(*(row["deviations"] for row in some), strict=True)]
-        scores = " | ".join(spread([row[metric] for row in some]) for metric in ("balanced_accuracy", "macro_f1", "ece"))
+        scores = [[100 * row[metric] for row in some] for metric in ("balanced_accuracy", "macro_f1", "ece")]
         lines.append(
-            f"| {arm} | {scores} | {some[0]['rate']:g} | {some[0]['trained']:,} | {steps[arm] / steps[BASELINE]:.1f} "
-            f"| {mean(row['kept_mb'] for row in some):.1f} MB | {', '.join(f'{site:.3f}' for site in sites) or '–'} |"
+            [
+                arm,
+                *(mean_sd(values, 1) for values in scores),
+                f"{some[0]['rate']:g}",
+                f"{some[0]['trained']:,}",
+                f"{steps[arm] / steps[BASELINE]:.1f}",
+                f"{mean(row['kept_mb'] for row in some):.1f} MB",
+                ", ".join(f"{site:.3f}" for site in sites) or "–",
+            ]
         )
-    return "\n".join(lines)
+    return markdown([*header, "kept for backward", "deviation of the gain over images, by site"], lines)
 
 
 def pairs(runs: Runs) -> str:
     """One line for each question."""
-    lines = ["| | points of balanced accuracy | 95 % interval | |", "|---|---|---|---|"]
+    lines = []
     for arm, other, question in PAIRS:
         found = difference(runs, arm, other)
         if found:
             low, high = found[1:]
             verdict = "gains" if low > 0 else "loses" if high < 0 else "cannot be told"
-            lines.append(f"| {arm} − {other}: {question} | {found[0]:+.1f} | {low:+.1f} to {high:+.1f} | {verdict} |")
-    return "\n".join(lines)
+            lines.append([f"{arm} − {other}: {question}", f"{found[0]:+.1f}", f"{low:+.1f} to {high:+.1f}", verdict])
+    return markdown(["", "points of balanced accuracy", "95 % interval", ""], lines)
 
 
 def text(name: str, runs: Runs, steps: Mapping[str, float]) -> str:

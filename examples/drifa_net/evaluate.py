@@ -15,7 +15,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from drifa_attn import Uncertainty, ensemble, mc_dropout
 from examples.drifa_net.data import IGNORE, Data, load
 from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
 from examples.drifa_net.networks import named, restored
+from examples.tables import mean_sd
 
 SINGLE, DROPOUT, ENSEMBLE, BOTH = "single pass", "Monte Carlo dropout", "ensemble", "ensemble + dropout"
 COLOURS = {SINGLE: "#7f8c9b", DROPOUT: "#d98c3f", ENSEMBLE: "#2166ac", BOTH: "#b2182b"}
@@ -97,11 +98,6 @@ def measured(probs: Tensor, total: Tensor, labels: Tensor) -> dict[str, float | 
     return {**scores(probs, labels), **abstention(probs[kept], labels[kept], total[kept])}
 
 
-def summary(values: Sequence[float]) -> str:
-    """Their mean and, of several, standard deviation."""
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-
-
 def draw_reliability(axes: Axes, found: Mapping[str, list[Predictions]], task: str, labels: Tensor, numbers: Any) -> None:
     """Accuracy against confidence, the marks as large as the share of the samples; below the diagonal is too confident."""
     kept = labels != IGNORE
@@ -109,7 +105,7 @@ def draw_reliability(axes: Axes, found: Mapping[str, list[Predictions]], task: s
     for way in (SINGLE, ENSEMBLE):
         probs = torch.cat([one[task][0][kept] for one in found[way]])
         confidence, accuracy, share = reliability(probs, labels[kept].repeat(len(found[way])), bins=10)
-        ece = summary([one["ece"] for one in numbers[way]])
+        ece = mean_sd([one["ece"] for one in numbers[way]])
         axes.plot(confidence, accuracy, color=COLOURS[way], linewidth=1.5, label=f"{way}: ECE {ece}")
         axes.scatter(confidence, accuracy, s=20 + 400 * share, color=COLOURS[way], alpha=0.6, linewidth=0)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"{task}: can confidence be believed?")
@@ -167,7 +163,7 @@ def shown(result: Mapping[str, Any]) -> list[Table]:
     for task, ways in result["tasks"].items():
         table = Table("", *names.values(), title=task)
         for way, several in ways.items():
-            table.add_row(way, *(summary([one[name] for one in several]) for name in names))
+            table.add_row(way, *(mean_sd([one[name] for one in several]) for name in names))
         tables.append(table)
     return tables
 

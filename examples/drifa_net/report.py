@@ -12,8 +12,10 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from examples.tables import markdown, mean_sd
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -71,25 +73,20 @@ def name(configuration: Mapping[str, Any]) -> str:
     return f"`fuse`: {backbones}" if configuration["model"] == "fuse" else "the same, concatenated: no attention"
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-
-
 def table(found: Mapping[str, Sequence[Record]]) -> str:
     """The table of the README: a row for each model and task, with the plain baseline above."""
     first = next(iter(found.values()))[0]
     lines = []
     for task, values in first["test"].items():
-        lines += [f"**{task}**, {values['samples']} test images", "", "| | parameters | " + " | ".join(METRICS.values()) + " |"]
-        lines.append("|---" * (len(METRICS) + 2) + "|")
+        rows = []
         if task in PLAIN:
             cells = [f"{PLAIN[task][metric]:.3f}" if metric in PLAIN[task] else "" for metric in METRICS]
-            lines.append("| plain baseline on the raw pixels | | " + " | ".join(cells) + " |")
+            rows.append(["plain baseline on the raw pixels", "", *cells])
         for runs in found.values():
-            cells = [spread([run["test"][task][metric] for run in runs]) for metric in METRICS]
-            lines.append(f"| {name(runs[0]['configuration'])} | {runs[0]['parameters']:,} | " + " | ".join(cells) + " |")
-        lines.append("")
+            cells = [mean_sd([run["test"][task][metric] for run in runs]) for metric in METRICS]
+            rows.append([name(runs[0]["configuration"]), f"{runs[0]['parameters']:,}", *cells])
+        table = markdown(["", "parameters", *METRICS.values()], rows)
+        lines += [f"**{task}**, {values['samples']} test images", "", table, ""]
     return "\n".join(lines)
 
 
