@@ -1,18 +1,39 @@
 """Checks of arguments, each with a message that says who expected what, what came, and what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Init = Literal["paper", "identity"]
 
 
-def check_count(owner: str, name: str, value: Any) -> None:
-    """Raise a `ValueError` unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def check_module(owner: str, model: Any) -> None:
+    """Raise a `TypeError` unless `model` is a network."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{owner} expected an nn.Module, got {model!r:.80}: build the network first.")
+
+
+def count(owner: str, name: str, value: Any) -> int:
+    """`value` as an integer, NumPy's too; a `ValueError` unless it is one of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{owner} expected {name} to be an integer >= 1, got {value!r}.")
+    return int(value)
+
+
+def number(owner: str, name: str, value: Any, where: str, holds: Callable[[float], bool]) -> float:
+    """`value` as a float, NumPy's numbers too; a `ValueError` unless it is a number that `holds`, as `where` says in words."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not holds(float(value)):
+        raise ValueError(f"{owner} expected {name} {where}, got {value!r}.")
+    return float(value)
+
+
+def check_mapping(owner: str, name: str, value: Any, content: str) -> None:
+    """Raise a `TypeError` unless `value` is a dict or None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{owner} expected {name} as a dict {content}, got {type(value).__name__}.")
 
 
 def check_init(owner: str, init: str) -> None:

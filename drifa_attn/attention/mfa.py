@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from drifa_attn import functional, ops
-from drifa_attn.checks import Init, check_count, check_init
+from drifa_attn.checks import Init, check_init, count
 from drifa_attn.functional import Linear, Statistics
 from drifa_attn.layout import Layout, Place, check_features, check_layout, positions
 
@@ -60,8 +60,7 @@ class HIFA(nn.Module):
 
     def __init__(self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        check_count("HIFA", "channels", channels)
-        self.channels = channels
+        self.channels = channels = count("HIFA", "channels", channels)
         self.conv1 = nn.Linear(channels, channels, device=device, dtype=dtype)
         self.conv2 = nn.Linear(channels, channels, device=device, dtype=dtype)
         self.conv3 = nn.Linear(channels, channels, device=device, dtype=dtype)
@@ -113,8 +112,7 @@ class CLIA(nn.Module):
 
     def __init__(self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        check_count("CLIA", "channels", channels)
-        self.channels = channels
+        self.channels = channels = count("CLIA", "channels", channels)
         self.conv1 = nn.Linear(channels, channels, device=device, dtype=dtype)
         self.conv2 = nn.Linear(channels, channels, device=device, dtype=dtype)
         self.reset_parameters()
@@ -179,7 +177,8 @@ class MFA(Refines, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("MFA", "channels", channels)
+        channels = count("MFA", "channels", channels)
+        reduction = None if reduction is None else count("MFA", "reduction", reduction)
         check_init("MFA", init)
         check_layout("MFA", layout, num_prefix_tokens)
         width = reduced_width("MFA", channels, reduction)

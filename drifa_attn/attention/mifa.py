@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from drifa_attn import functional, ops
-from drifa_attn.checks import Init, check_count, check_init, check_modalities, check_present, per_modality
+from drifa_attn.checks import Init, check_init, check_modalities, check_present, count, per_modality
 from drifa_attn.functional import Linear
 from drifa_attn.layout import Layout, check_features, check_layout, positions
 
@@ -31,8 +31,7 @@ def common_width(channels: Sequence[int], dim: int | None, reduction: int | None
         return reduced_width("MIFA", max(channels), reduction)
     if reduction is not None:
         raise ValueError(f"MIFA expected dim or reduction, got both (dim={dim}, reduction={reduction}): leave one out.")
-    check_count("MIFA", "dim", dim)
-    return dim
+    return count("MIFA", "dim", dim)
 
 
 class MGIFA(nn.Module):
@@ -50,8 +49,7 @@ class MGIFA(nn.Module):
 
     def __init__(self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        check_count("MGIFA", "channels", channels)
-        self.channels = channels
+        self.channels = channels = count("MGIFA", "channels", channels)
         self.dense = nn.Linear(channels, channels, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -97,9 +95,8 @@ class MLIFA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("MLIFA", "channels", channels)
-        check_count("MLIFA", "modalities", modalities)
-        self.channels, self.modalities = channels, modalities
+        self.channels = channels = count("MLIFA", "channels", channels)
+        self.modalities = modalities = count("MLIFA", "modalities", modalities)
         self.convs = nn.ModuleList(nn.Linear(channels, channels, device=device, dtype=dtype) for _ in range(modalities))
         self.reset_parameters()
 
@@ -172,14 +169,13 @@ class MIFA(Refines, nn.Module):
     ) -> None:
         super().__init__()
         if modalities is None:
-            modalities = 2 if isinstance(channels, int) else len(channels)
-        check_count("MIFA", "modalities", modalities)
+            modalities = len(channels) if isinstance(channels, Sequence) else 2
+        modalities = count("MIFA", "modalities", modalities)
         check_init("MIFA", init)
-        self.channels = per_modality("MIFA", "channels", channels, modalities)
+        self.channels = tuple(count("MIFA", "channels", c) for c in per_modality("MIFA", "channels", channels, modalities))
         self.layouts = per_modality("MIFA", "layout", layout, modalities)
         self.num_prefix_tokens = per_modality("MIFA", "num_prefix_tokens", num_prefix_tokens, modalities)
-        for c, *place in zip(self.channels, self.layouts, self.num_prefix_tokens, strict=True):
-            check_count("MIFA", "channels", c)
+        for place in zip(self.layouts, self.num_prefix_tokens, strict=True):
             check_layout("MIFA", *place)
         self.modalities, self.reduction, self.init = modalities, reduction, init
         self.dim = common_width(self.channels, dim, reduction)

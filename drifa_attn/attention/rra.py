@@ -1,5 +1,6 @@
 """The robust residual attention block (RRA), Fig. 1C of arXiv:2412.01248."""
 
+import math
 from collections import OrderedDict
 from typing import Literal
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drifa_attn.checks import Init, check_count
+from drifa_attn.checks import Init, count, number
 from drifa_attn.layout import check_features
 
 from .mfa import MFA
@@ -60,12 +61,12 @@ class RRA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("stride", stride)):
-            check_count("RRA", name, value)
+        in_channels, out_channels = count("RRA", "in_channels", in_channels), count("RRA", "out_channels", out_channels)
+        stride = count("RRA", "stride", stride)
         if padding not in ("symmetric", "same"):
             raise ValueError(f'RRA expected padding "symmetric" or "same", got {padding!r}.')
-        if not eps > 0:
-            raise ValueError(f"RRA expected eps > 0, got {eps!r}.")
+        eps = number("RRA", "eps", eps, "> 0", lambda x: 0 < x < math.inf)
+        momentum = number("RRA", "momentum", momentum, "in [0, 1]", lambda x: 0 <= x <= 1)
         self.in_channels, self.out_channels, self.stride, self.padding = in_channels, out_channels, stride, padding
 
         def norm() -> nn.BatchNorm2d:

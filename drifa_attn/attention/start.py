@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from drifa_attn.checks import Init, check_count
+from drifa_attn.checks import Init, count
 from drifa_attn.functional import Statistics, lin
 
 SMALLEST_WIDTH = 8
@@ -21,8 +21,7 @@ def reduced_width(owner: str, channels: int, reduction: int | None) -> int:
     """The width that attention works at: `channels` without a reduction, `max(channels // reduction, 8)` with one."""
     if reduction is None:
         return channels
-    check_count(owner, "reduction", reduction)
-    return max(channels // reduction, SMALLEST_WIDTH)
+    return max(channels // count(owner, "reduction", reduction), SMALLEST_WIDTH)
 
 
 def glorot_(module: nn.Module) -> None:

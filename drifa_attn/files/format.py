@@ -19,17 +19,24 @@ def write(path: str | Path, plan: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The plan and the tensors of a file; a `ValueError` if it is of another kind or version."""
-    from safetensors import safe_open
+    """The plan and the tensors of a file; a `ValueError` if it is damaged, or of another kind or version."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or was cut short ({error}): save or copy it again.") from error
     if FORMAT not in metadata:
         raise ValueError(f"{path} was not written by save_attention: it has no {FORMAT!r} metadata.")
-    plan = json.loads(metadata[FORMAT])
-    if plan["version"] != VERSION:
-        raise ValueError(
-            f"{path} is of version {plan['version']}, this drifa_attn reads version {VERSION}: use the one that wrote it."
-        )
+    try:
+        plan = json.loads(metadata[FORMAT])
+        version = plan["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has a plan that cannot be read ({type(error).__name__}: {error}): save it again.") from error
+    if version != VERSION:
+        raise ValueError(f"{path} is of version {version}, this drifa_attn reads version {VERSION}: use the one that wrote it.")
+    if not isinstance(plan.get("classifier"), list) or not ({"sites", "attention"} <= set(plan) or "fused" in plan):
+        raise ValueError(f"{path} has a plan without sites or branches: it was changed after save_attention wrote it.")
     return plan, tensors

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drifa_attn.checks import check_count
+from drifa_attn.checks import check_mapping, count, number
 from drifa_attn.wrapping.plan import PARALLEL
 
 from .branches import advanced, surveyed, without_classifier
@@ -54,10 +54,12 @@ def fuse(
         backbones are then untouched.
     Differs: the paper fuses two networks of its own.
     """
+    check_mapping("fuse", "classifiers", classifiers, "{modality: module name}")
+    check_mapping("fuse", "example_inputs", example_inputs, "{modality: tensor}")
     classifiers, example_inputs = dict(classifiers or {}), dict(example_inputs or {})
     check_backbones(backbones)
-    check_tasks(tasks)
-    check_rates(dropout=dropout, modality_dropout=modality_dropout)
+    tasks = checked_tasks(tasks)
+    dropout, modality_dropout = rate("dropout", dropout), rate("modality_dropout", modality_dropout)
     check_known(backbones, classifiers=classifiers, example_inputs=example_inputs)
     refiner, readout = system(fusion)
     found = {name: surveyed(name, one, classifiers.get(name), example_inputs.get(name)) for name, one in backbones.items()}
@@ -107,11 +109,10 @@ def check_backbones(backbones: Any) -> None:
         raise ValueError("fuse got one network under several names: copy.deepcopy it, or give each modality its own.")
 
 
-def check_tasks(tasks: Any) -> None:
-    """Raise unless these are numbers of classes by task."""
+def checked_tasks(tasks: Any) -> dict[str, int]:
+    """These numbers of classes by task."""
     check_names("tasks", tasks)
-    for task, classes in tasks.items():
-        check_count("fuse", f"tasks[{task!r}]", classes)
+    return {task: count("fuse", f"tasks[{task!r}]", classes) for task, classes in tasks.items()}
 
 
 def check_names(what: str, mapping: Any) -> None:
@@ -125,11 +126,9 @@ def check_names(what: str, mapping: Any) -> None:
             raise ValueError(f"fuse got {name!r} among the names of {what}, which torch.nn.ModuleDict uses itself: rename it.")
 
 
-def check_rates(**rates: float) -> None:
-    """Raise unless each of these is a probability below one."""
-    for what, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"fuse expected {what} in [0, 1), got {rate!r}.")
+def rate(what: str, given: Any) -> float:
+    """A probability below one."""
+    return number("fuse", what, given, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def check_known(backbones: Mapping[str, nn.Module], **given: Mapping[str, Any]) -> None:

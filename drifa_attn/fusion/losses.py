@@ -25,7 +25,8 @@ class TaskLoss(nn.Module):
 
     Shape: {task: logits `b k`}, {task: classes `b`, −100 where a sample has no label} -> scalar, float32 at least. A task that
         no sample of the batch has a label for adds zero and moves nothing, its s_t included.
-    Raises: ValueError: other tasks than named, or a weight that is negative or not finite; TypeError: no dicts.
+    Raises: ValueError: other tasks than named, a weight that is negative or not finite, or logits and labels of another kind
+        (soft labels, one logit); TypeError: no dicts, no tensors.
     Source: Fig. 1A; the learned weights are arXiv:1705.07115. Differs: the paper has fixed weights alone.
     """
 
@@ -54,6 +55,7 @@ class TaskLoss(nn.Module):
                 raise ValueError(f"TaskLoss expected {what} of the tasks {self.tasks}, got {list(given)}.")
         each, counts = [], []
         for task in self.tasks:
+            check_labelled(task, logits[task], labels[task])
             z = logits[task].to(torch.promote_types(logits[task].dtype, torch.float32))  # a sum of many overflows float16
             each.append(F.cross_entropy(z, labels[task], ignore_index=IGNORED, reduction="sum"))
             counts.append((labels[task] != IGNORED).sum())
@@ -62,6 +64,23 @@ class TaskLoss(nn.Module):
         if self.log_variances is None:
             return (self.weights.to(losses) * losses).sum()
         return (torch.exp(-self.log_variances) * losses + (count > 0) * self.log_variances / 2).sum()
+
+
+def check_labelled(task: str, logits: Any, labels: Any) -> None:
+    """Raise unless these are logits `b k` of at least two classes and classes `b`."""
+    for what, given in (("logits", logits), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"TaskLoss expected {what} of task {task!r} as a tensor, got {type(given).__name__}.")
+    if not logits.is_floating_point() or logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"TaskLoss expected floating-point logits (b, k) with k >= 2 of task {task!r}, got {logits.dtype} "
+            f"{tuple(logits.shape)}: it is for classes; use another loss for regression or one logit."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"TaskLoss expected labels of task {task!r} as integer classes (b,) = {tuple(logits.shape[:1])}, got "
+            f"{labels.dtype} {tuple(labels.shape)}: soft or several labels need another loss."
+        )
 
 
 def is_weight(weight: Any) -> bool:

@@ -26,6 +26,8 @@ def branch_outputs(surveys: Mapping[str, Survey]) -> dict[str, Site]:
 
 def paired(surveys: Mapping[str, Survey], at: Pairs) -> list[dict[str, Site]]:
     """The sites by modality that meet at each stage."""
+    if not isinstance(at, str | Sequence):
+        raise TypeError(f'fuse expected at "stage", "block" or a list of {{modality: module name}}, got {type(at).__name__}.')
     if not isinstance(at, str):
         pairs = [listed(surveys, entry) for entry in at]
         if alone := [name for name in surveys if not any(name in sites for sites in pairs)]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from drifa_attn.trees import map_tensors, tensors_in
 
@@ -37,15 +38,35 @@ def copied(model: nn.Module, example_input: Any) -> tuple[nn.Module, list[tuple[
     try:
         clone = meta_clone(model)
     except Exception as error:
-        raise ValueError(
-            f"{title} could not be copied to the meta device ({type(error).__name__}: {error}): "
-            "plan it before its first run, or clear what it keeps of one."
-        ) from error
+        message = f"{title} could not be copied to the meta device ({type(error).__name__}: {error}): {advice(model)}."
+        raise ValueError(message) from error
     if example_input is not None:
         return clone, [as_call(example_input)]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     shapes = dict.fromkeys(default_shapes(model))
     return clone, [((torch.empty(2, *shape, dtype=dtype, device="meta"),), {}) for shape in shapes]
+
+
+def advice(model: nn.Module) -> str:
+    """What to do about a network that cannot be copied, by what is in it."""
+    for name, module in model.named_modules():
+        where = f"{name or 'the network itself'} ({type(module).__name__})"
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers") and any(is_lazy(tensor) for tensor in value.values()):
+                return f"{where} is lazy: run the network once, then wrap it"
+            if key.startswith("_") or is_copied(value):
+                continue
+            return f"{where} keeps {key!r}, a {type(value).__name__}, which cannot be copied: take it off while you wrap"
+    return "plan it before its first run, or clear what it keeps of one"
+
+
+def is_copied(value: Any) -> bool:
+    """Whether Python can copy a value."""
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
 
 
 def as_call(example_input: Any) -> tuple[tuple, dict[str, Any]]:

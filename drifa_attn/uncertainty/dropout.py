@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from drifa_attn.checks import check_module, number
 from drifa_attn.layout import Layout
 from drifa_attn.network.copies import meta_clone
 from drifa_attn.trees import Path, replace_tensor
@@ -85,8 +86,7 @@ def add_dropout(
     Source: DRIFA-Net has dropout after its blocks (Fig. 1A). Differs: there single elements are dropped.
     """
     check_network(model, "add dropout to")
-    if not isinstance(p, int | float) or not 0 < p < 1:
-        raise ValueError(f"add_dropout expected a probability p in (0, 1), got {p!r}.")
+    p = number("add_dropout", "a probability p", p, "in (0, 1)", lambda x: 0 < x < 1)
     if next(dropouts(model), None):
         raise ValueError(f"{type(model).__name__} has been given dropout already: drifa_attn.remove_dropout(model) first.")
     bare = meta_clone(model)
@@ -101,6 +101,7 @@ def remove_dropout(model: Network) -> Network:
 
     Raises: ValueError: the network holds none.
     """
+    check_module("remove_dropout", model)
     found = list(dropouts(model))
     if not found:
         raise ValueError(f"{type(model).__name__} holds no dropout that add_dropout put there.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drifa_attn.checks import check_count
+from drifa_attn.checks import count
 from drifa_attn.network.modes import eagerly, eval_mode
 from drifa_attn.trees import map_tensors, tensors_in
 
@@ -98,7 +98,7 @@ def mc_dropout(
         dropout.
     Source: Fig. 1B. Differs: classes are read off by argmax, not by a threshold of 0.5.
     """
-    check_count("mc_dropout", "passes", passes)
+    passes = count("mc_dropout", "passes", passes)
     check_passes("mc_dropout", passes)
     return estimate({"mc_dropout": model}, inputs, passes, generator, chunk)
 
@@ -130,7 +130,7 @@ def ensemble(
         raise TypeError(f"ensemble expected a list of members, got one {type(models).__name__}: for it alone, mc_dropout.")
     members = list(models)
     if passes is not None:
-        check_count("ensemble", "passes", passes)
+        passes = count("ensemble", "passes", passes)
     check_passes("ensemble", len(members) * (1 if passes is None else passes))
     for i, member in enumerate(members):
         if (first := next(j for j, other in enumerate(members) if other is member)) < i:
@@ -180,7 +180,7 @@ def split(owner: str, inputs: Any, chunk: int | None) -> list[tuple]:
         raise TypeError(f"{owner} expected inputs as a tensor, a list, a dict or a tuple of arguments, got {inputs!r:.80}.")
     if chunk is None:
         return [args]
-    check_count(owner, "chunk", chunk)
+    chunk = count(owner, "chunk", chunk)
     if len(sizes) > 1:
         raise ValueError(f"{owner} expected inputs of one batch size to take in chunks, got {sorted(sizes)}: leave chunk out.")
     starts = range(0, max(*sizes, 1), chunk)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from drifa_attn.attention import Refines
+from drifa_attn.checks import check_module
 from drifa_attn.network.modes import eagerly, eval_mode
 
 from .inject import placed
@@ -16,6 +17,7 @@ from .inject import placed
 
 def attentions(model: nn.Module) -> dict[str, Any]:
     """Every layer of a network that refines features, by its name there; a `ValueError` if there is none."""
+    check_module("drifa_attn", model)
     found: dict[str, Any] = {}
     within: set[int] = set()  # what such a layer holds is its own affair
     for name, module in model.named_modules():
@@ -62,8 +64,9 @@ def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def labels(model: nn.Module) -> dict[str, Any]:
     """Every layer that refines features, by the name users know: of its site where `wrap` put it, else its own."""
+    found = attentions(model)
     sites = {id(inner): site.name for site, attention in placed(model) for inner in attention.modules()}
-    return {sites.get(id(attention), name): attention for name, attention in attentions(model).items()}
+    return {sites.get(id(attention), name): attention for name, attention in found.items()}
 
 
 def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

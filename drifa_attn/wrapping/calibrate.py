@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from drifa_attn.attention import Refines
+from drifa_attn.checks import check_module
 from drifa_attn.network.modes import eagerly, eval_mode
 
 from .active import labels
@@ -65,6 +66,7 @@ def calibrate(model: Network, batch: Any, present: Tensor | None = None) -> Netw
 
 def check_whole(model: nn.Module) -> None:
     """Raise unless the network is a whole one, not a parallel or sharded one, and has memory."""
+    check_module("calibrate", model)
     kind = type(model).__name__
     if isinstance(model, PARALLEL) or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError(f"calibrate got a parallel network ({kind}): calibrate it first, then make it parallel.")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from drifa_attn.attention import ATTENTIONS, Init, Spec, cost
-from drifa_attn.checks import check_count, check_init
+from drifa_attn.checks import check_init, check_mapping, check_module, count
 from drifa_attn.layout import Layout, check_layout
 from drifa_attn.network.blocks import blocks, convolutions
 from drifa_attn.network.stages import stages
@@ -116,12 +116,13 @@ def plan(
     if not sites:
         raise ValueError(nothing_found(found, at, skipped))
     order = {name: call.order for name, call in found.first.calls.items()}
+    slots, doubled = apart(rehearse(found, sites), is_named=isinstance(at, Sequence) and not isinstance(at, str))
     return Plan(
         network=found.title,
         at='"paper"' if variant else getattr(at, "__name__", repr(at)),
         spec=spec,
-        sites=tuple(priced(slot, spec) for slot in sorted(rehearse(found, sites), key=lambda slot: order[slot.module])),
-        skipped=tuple(skipped),
+        sites=tuple(priced(slot, spec) for slot in sorted(slots, key=lambda slot: order[slot.module])),
+        skipped=(*skipped, *doubled),
         notes=found.notes,
         params=sum(p.numel() for p in model.parameters()),
         flops=found.first.flops // max(found.first.batch, 1),
@@ -130,8 +131,7 @@ def plan(
 
 def check_network(model: Any, change: str = "wrap") -> None:
     """Raise unless `model` is a network that something can be put into; messages say what, "wrap" it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"drifa_attn expected an nn.Module, got {type(model).__name__}.")
+    check_module("drifa_attn", model)
     if isinstance(model, PARALLEL) or type(model).__name__ == "FullyShardedDataParallel":
         raise ValueError(f"drifa_attn got a {type(model).__name__}: {change} the network first, then make it parallel.")
     if isinstance(model, torch.jit.ScriptModule):
@@ -153,7 +153,7 @@ def check_backbone(model: Any) -> None:
 
 def check_at(at: Any) -> None:
     """Raise unless this is a way to choose modules."""
-    if not (isinstance(at, str) or callable(at) or isinstance(at, Sequence)):
+    if isinstance(at, type) or not (isinstance(at, str) or callable(at) or isinstance(at, Sequence)):
         raise TypeError(f"at expected a string, a list of module names or a predicate, got {at!r}.")
 
 
@@ -161,7 +161,7 @@ def checked_spec(attention: Attention, options: Mapping[str, Any], reduction: in
     """The attention that these arguments of `plan` ask for."""
     check_init("wrap", init)
     if reduction is not None:
-        check_count("wrap", "reduction", reduction)
+        reduction = count("wrap", "reduction", reduction)
     if not isinstance(attention, str):
         if not callable(attention):
             raise TypeError(f"attention expected a name or a callable (channels) -> nn.Module, got {attention!r}.")
@@ -228,6 +228,7 @@ def near(name: str, names: list[str]) -> str:
 
 def checked_layouts(layouts: Mapping[str, Layout]) -> Mapping[str, Layout]:
     """These layouts, each a known one."""
+    check_mapping("wrap", "layouts", layouts, "{module name: layout}")
     for name, layout in layouts.items():
         check_layout(f"layouts[{name!r}]", layout, 0)
     return layouts
@@ -256,6 +257,20 @@ def looked_at(found: Survey, name: str, *, is_named: bool) -> tuple[list[Any], l
     if is_named and not sites:
         raise ValueError(f"{found.title}: no attention can go at {name!r}: {'; '.join(reasons)}.")
     return sites, reasons
+
+
+def apart(slots: Sequence[Slot], *, is_named: bool) -> tuple[list[Slot], list[tuple[str, str]]]:
+    """The slots with one for each tensor, and the reasons against the others; names that the user wrote must not collide."""
+    taken: dict[tuple, Slot] = {}
+    doubled = []
+    for slot in sorted(slots, key=lambda slot: len(slot.module)):  # the outermost module keeps the tensor
+        first = taken.setdefault((slot.carrier, slot.path), slot)
+        if first is slot:
+            continue
+        if is_named:
+            raise ValueError(f"at= names {first.name!r} and {slot.name!r}, which give the same tensor: name one of them.")
+        doubled.append((slot.name, f"it gives the same tensor as {first.name}"))
+    return list(taken.values()), doubled
 
 
 def nothing_found(found: Survey, at: At, skipped: Sequence[tuple[str, str]]) -> str:

@@ -18,8 +18,10 @@ def classifier_names(model: nn.Module, classifier: Classifier) -> list[str]:
     named = stated_classifier(model) if classifier is True else classifier
     if not named:
         raise ValueError(f"{type(model).__name__} does not state its classifier: name it, e.g. classifier='fc'.")
+    if not isinstance(named, str | Sequence):
+        raise TypeError(f"classifier expected True, False, or names of modules, got {type(named).__name__}: give its name.")
     names = [named] if isinstance(named, str) else list(named)
-    known = {name for name, _ in model.named_modules()}
+    known = {name for name, _ in model.named_modules() if name}
     for name in names:
         if name not in known:
             raise ValueError(f"{type(model).__name__} has no module {name!r} to take as its classifier.")

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from drifa_attn.attention import Init
+from drifa_attn.checks import check_module
 from drifa_attn.layout import Layout
 
 from .inject import attach, detach, placed
@@ -59,6 +60,7 @@ def unwrap(model: Network) -> Network:
 
     Raises: ValueError: `wrap` put nothing into this network.
     """
+    check_module("unwrap", model)
     if next(placed(model), None) is None:
         raise ValueError(
             f"{type(model).__name__} holds no attention that wrap put there: drifa_attn.wrap(model) first, or "

@@ -1,3 +1,4 @@
+import threading
 from collections import Counter
 from functools import partial
 
@@ -376,3 +377,34 @@ def test_bad_arguments_are_refused_with_what_was_given(arguments, error, message
     for function in (plan, wrap):
         with refused(model, x, error, message):
             function(model, **{"example_input": x} | arguments)
+
+
+@pytest.mark.parametrize("at", [r"layer[12](\.0)?", lambda name, _: name in ("layer1", "layer1.0", "layer2", "layer2.0")])
+def test_a_container_and_its_last_step_are_one_site(at):
+    """Two names for one tensor: the outermost has it, and the plan says why the other has none."""
+    chosen = plan(timm.create_model("test_resnet"), at)
+    assert [site.module for site in chosen.sites] == ["layer1", "layer2"]
+    assert ("layer1.0", "it gives the same tensor as layer1") in chosen.skipped
+
+
+def test_two_names_that_were_written_for_one_tensor_are_refused():
+    with pytest.raises(ValueError, match="at= names 'layer1' and 'layer1.0', which give the same tensor: name one of them"):
+        plan(timm.create_model("test_resnet"), ["layer1", "layer1.0"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m: m.append(nn.LazyLinear(2)), r"3 \(LazyLinear\) is lazy: run the network once, then wrap it"),
+        (
+            lambda m: setattr(m[0], "lock", threading.Lock()),
+            r"0 \(Conv2d\) keeps 'lock', a lock, which cannot be copied: take it off",
+        ),
+        (lambda m: setattr(m, "each", (i for i in ())), "the network itself .Sequential. keeps 'each', a generator, which"),
+    ],
+)
+def test_the_advice_for_what_cannot_be_copied_fits(spoil, message):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+    spoil(model)
+    with pytest.raises(ValueError, match=message):
+        plan(model, example_input=torch.randn(2, 3, 32, 32))
