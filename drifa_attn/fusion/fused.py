@@ -13,7 +13,7 @@ from drifa_attn.network.lockstep import Part
 from drifa_attn.network.site import Site
 from drifa_attn.trees import at_path, replace_tensor
 
-from .presence import check_inputs, cleared, presence
+from .presence import check_inputs, cleared, presence, present_rows
 from .protocol import Readout, Refiner
 
 
@@ -22,7 +22,10 @@ class Fused(nn.Module):
 
         f_i = mean(branch_i(x_i)), refined after every stage        logits = lin(head, readout(f_1, …, f_m))
 
-    Absent modalities add nothing to a gate. What the readout makes of them, it says.
+    Absent modalities add nothing to a gate. What the readout makes of them, it says. In training a branch runs on the samples
+    that have its modality alone, so that batch norms see no others, and on none it does not run at all. In eval mode, where
+    nothing depends on the batch, absent samples run as zeros. So they do in compiled code, whose shapes may not depend on
+    values: where batch norms train and samples are absent, train uncompiled.
 
     Attributes:
         branches: the backbones by modality, the same objects that were given.
@@ -95,8 +98,7 @@ class Fused(nn.Module):
         run = Advance(self, next(iter(inputs.values())), present)
         for i, name in enumerate(self.modalities):
             if name in inputs:
-                x = cleared(inputs[name], None if present is None else present[:, i])
-                run.states[name], _ = enter(self.branches[name], (x,), {})
+                run.begin(name, inputs[name], None if present is None else present[:, i], alone=self.training)
         for refiner, sites in zip(self.refiners, self.stages, strict=False):
             run.stage(refiner, sites)
         return [run.vector(name, site) for name, site in self.outputs.items()], run.kept, present
@@ -127,15 +129,34 @@ class Advance:
     def __init__(self, net: Fused, sample: Tensor, present: Tensor | None) -> None:
         self.net, self.sample, self.present = net, sample, present
         self.states: dict[str, tuple[Any, ...]] = {}  # what the next part of a branch takes
+        self.rows: dict[str, Tensor] = {}  # the samples that a branch runs on, where those are not all
         self.done = dict.fromkeys(net.modalities, 0)  # how many of its parts a branch has run
         self.unused: dict[str, Any] = dict.fromkeys(net.modalities, 0)  # zeros that hold the parameters of absent branches
         self.kept: dict[int, list[Tensor]] = {}
         self.number = 0
 
+    def begin(self, name: str, x: Tensor, has: Tensor | None, *, alone: bool) -> None:
+        """Put an input into its branch: with `alone` only the samples that have it, else the others too, as zeros."""
+        rows = present_rows(has) if alone else None
+        if rows is not None:
+            if not len(rows):
+                return  # as if it were not given
+            self.rows[name], x = rows, x[rows]
+        self.states[name], _ = enter(self.net.branches[name], (cleared(x, has) if rows is None else x,), {})
+
+    def whole(self, name: str, y: Tensor) -> Tensor:
+        """A feature of the samples that a branch ran on, with zeros for the others."""
+        if name not in self.rows:
+            return y
+        return y.new_zeros(self.sample.shape[0], *y.shape[1:]).index_copy(0, self.rows[name], y)
+
     def stage(self, refiner: nn.Module, sites: Mapping[str, Site]) -> None:
         """Run the branches that meet here up to this stage, and refine their features."""
         outputs = {n: self.net.run(n, self.done[n], self.states[n]) for n in sites if n in self.states}
-        xs = [at_path(outputs[n][0], s.path) if n in outputs else self.stand_in(s) for n, s in sites.items()]
+        xs = [
+            self.whole(name, at_path(outputs[name][0], site.path)) if name in outputs else self.stand_in(site)
+            for name, site in sites.items()
+        ]
         seen = None if self.present is None else self.present[:, [self.net.modalities.index(name) for name in sites]]
         ys = refiner(xs, seen)
         if self.number in self.net.readout.keeps:
@@ -144,6 +165,7 @@ class Advance:
             self.done[name] += 1
             if name in outputs:
                 output, handed = outputs[name]
+                y = y[self.rows[name]] if name in self.rows else y
                 self.states[name] = (replace_tensor(output, site.path, lambda _, y=y: y), *handed)  # type: ignore[misc]
             else:
                 self.unused[name] = self.unused[name] + 0 * y.sum()
@@ -161,7 +183,8 @@ class Advance:
         if name in self.states:
             whole = leave(self.net.branches[name], self.net.run(name, self.done[name], self.states[name]))
             output = at_path(whole, site.path)
-            return output if output.ndim == 2 else positions(output, site.layout, site.num_prefix_tokens).mean(-1)
+            pooled = output if output.ndim == 2 else positions(output, site.layout, site.num_prefix_tokens).mean(-1)
+            return self.whole(name, pooled)
         # DDP expects a gradient, if a zero one, for every parameter of a branch that did not run.
         zero = self.unused[name] + sum((0 * p.sum() for p in self.net.branches[name].parameters() if p.requires_grad), 0)
         return self.sample.new_zeros(self.sample.shape[0], site.channels, dtype=self.net.dtype) + zero

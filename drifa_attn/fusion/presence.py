@@ -48,3 +48,10 @@ def cleared(x: Tensor, has: Tensor | None) -> Tensor:
     if has is None or not x.is_floating_point():
         return x
     return torch.where(has.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+def present_rows(has: Tensor | None) -> Tensor | None:
+    """The samples that have a modality, by number; None where all have it, and in graphs, whose shapes may not depend on it."""
+    if has is None or torch.compiler.is_compiling() or torch.jit.is_tracing() or has.is_meta or bool(has.all()):
+        return None
+    return has.nonzero()[:, 0]
