@@ -66,7 +66,7 @@ def table(runs: Runs, steps: Mapping[str, float]) -> str:
                 *(mean_sd(values, 1) for values in scores),
                 f"{some[0]['rate']:g}",
                 f"{some[0]['trained']:,}",
-                f"{steps[arm] / steps[BASELINE]:.1f}",
+                f"{steps[arm] / steps[BASELINE]:.1f}" if {arm, BASELINE} <= set(steps) else "–",
                 f"{mean(row['kept_mb'] for row in some):.1f} MB",
                 ", ".join(f"{site:.3f}" for site in sites) or "–",
             ]
@@ -114,7 +114,7 @@ def draw_differences(name: str, runs: Runs, path: Path) -> None:
     axes = figure.subplots()
     for y, arm in enumerate(arms):
         center, low, high = difference(runs, arm, BASELINE)  # type: ignore[misc]
-        colour = "#b2182b" if "MFA" in arm else "#2166ac" if ARMS[arm].wrap is not None else "#4d4d4d"
+        colour = "#b2182b" if "MFA" in arm else "#2166ac" if ARMS[arm].wrap and arm != "constant" else "#4d4d4d"
         seeds = set(runs[arm]) & set(runs[BASELINE])
         each = [100 * (runs[arm][s]["balanced_accuracy"] - runs[BASELINE][s]["balanced_accuracy"]) for s in seeds]
         axes.plot(each, [y] * len(each), "o", color=colour, alpha=0.3, markersize=5)
@@ -159,7 +159,8 @@ def report(folder: Path, console: Console) -> None:
         if not runs:
             continue
         name = path.stem
-        found = text(name, runs, json.loads((folder / f"{name}-steps.json").read_text()))
+        timed = folder / f"{name}-steps.json"
+        found = text(name, runs, json.loads(timed.read_text()) if timed.exists() else {})
         (folder / f"{name}.md").write_text(found)
         draw_differences(name, runs, folder / f"{name}-differences.png")
         draw_gates(name, runs, folder / f"{name}-gates.png")
