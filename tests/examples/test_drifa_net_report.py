@@ -47,7 +47,7 @@ def test_readme_gets_means_and_deviations_beside_the_plain_baseline(folders):
     assert text.endswith("after\n")
     assert "old" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[2].startswith("| plain baseline on the raw pixels | | 0.872 |")
+    assert rows[2].startswith("| plain baseline on the raw pixels |  | 0.872 |")
     assert rows[3].startswith("| `fuse`: test_resnet + test_resnet | 1,234,567 | 0.850 ± 0.071 | 0.500 ± 0.000 |")
     assert rows[4].startswith("| the same, concatenated: no attention | 1,234,567 | 0.700 | 0.500 |")
     assert json.loads((report.RESULTS / "learning_rates.json").read_text()) == [

@@ -69,7 +69,7 @@ def test_a_deviation_is_that_over_the_seeds_of_the_means_over_the_folds():
     results = [("folds", seed, {"m": {"a": score}}) for seed, score in ((0, 0.5), (0, 0.7), (1, 0.9), (1, 0.9))]
     found = example.gathered(results)["folds"]["m"]["a"]
     assert found == pytest.approx([0.6, 0.9])
-    assert example.summary(found) == "0.750 ± 0.212"
+    assert example.mean_sd(found) == "0.750 ± 0.212"
 
 
 def test_training_is_repeatable_and_standardisation_is_that_of_training():
