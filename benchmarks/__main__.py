@@ -10,7 +10,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes, rea
 import torch
 
 from . import layers, net, ops, scaling, wrap
-from .common import DTYPES, LAYOUTS, MODES, PROVIDERS, Options, run, shape
+from .cases import DTYPES, LAYOUTS, MODES, PROVIDERS, Options, shape
+from .run import run
 
 SUITES = {"ops": ops, "layers": layers, "wrap": wrap, "net": net, "scaling": scaling}
 

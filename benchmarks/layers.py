@@ -9,7 +9,7 @@ from torch import nn
 
 from drifa_attn import MFA, MIFA
 
-from .common import DTYPES, Case, Options, Setup, text
+from .cases import DTYPES, Case, Options, Setup, text
 
 RESNET18 = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and side of the stages, for images of 224 pixels
 RESNET50 = ((256, 56), (512, 28), (1024, 14), (2048, 7))

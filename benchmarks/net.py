@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from .common import DTYPES, Case, Options, Setup, text
+from .cases import DTYPES, Case, Options, Setup, text
 
 
 def setup(shape: tuple[int, ...], options: Options) -> Setup:

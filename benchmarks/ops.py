@@ -13,7 +13,7 @@ from drifa_attn.attention.start import glorot_
 from drifa_attn.functional import Linear, pool_max, pool_mean, pool_min
 from drifa_attn.layout import scale
 
-from .common import DTYPES, Case, Options, Setup, text
+from .cases import DTYPES, Case, Options, Setup, text
 from .layers import RESNET18, RESNET50, stages
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from drifa_attn import MFA, MIFA
 
-from .common import DTYPES, Case, Options, Setup, text
+from .cases import DTYPES, Case, Options, Setup, text
 from .rows import Row
 
 STEPS = (1, 2, 4)  # what a size is multiplied by

@@ -9,9 +9,10 @@ import torch
 
 import drifa_attn
 
-from .common import Options, run
+from .cases import Options
 from .layers import RESNET18, RESNET50, stages
 from .rows import RESULTS, device_name, slug
+from .run import run
 from .wrap import NETWORKS, PEERS
 
 LIBRARY = ("eager", "auto")  # the equations, and what the library makes of them

@@ -14,7 +14,7 @@ import drifa_attn
 from drifa_attn.layout import Layout
 from drifa_attn.wrapping.inject import placed
 
-from .common import DTYPES, Case, Options, Setup, text
+from .cases import DTYPES, Case, Options, Setup, text
 from .layers import peer
 
 NETWORKS = (

@@ -7,7 +7,7 @@ import pytest
 import drifa_attn
 from benchmarks import report, rows, scaling, selection
 from benchmarks.__main__ import SUITES, main
-from benchmarks.common import Options
+from benchmarks.cases import Options
 from benchmarks.plots import PLOTS, draw
 from benchmarks.rows import RESULTS, Row, read, write
 from benchmarks.targets import NO_GPU, TARGETS, Found, verdict

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import common, layers, net, ops, scaling, wrap
-from benchmarks.common import Case, Options, Reference, Setup, measured
+from benchmarks import layers, net, ops, run, scaling, wrap
+from benchmarks.cases import Case, Options, Setup
+from benchmarks.correctness import Reference
 from benchmarks.rows import read
+from benchmarks.run import measured
 
 TINY = Options(seconds=0.001)
 HERE = ("eager", "fused", "auto", "peers")
@@ -25,7 +27,7 @@ def rows_of(suite, **options):
     """The rows of a suite without its roofline."""
     chosen = replace(TINY, **{"providers": HERE, **options})
     name = suite.__name__.rpartition(".")[2]
-    rows = common.run(name, suite.cases(chosen), chosen, side=16)
+    rows = run.run(name, suite.cases(chosen), chosen, side=16)
     assert [row.op for row in rows[:2]] == ["roofline copy", "roofline matmul"]
     assert all(row.suite == name for row in rows)
     return rows[2:]
@@ -120,7 +122,7 @@ def test_failures_are_rows_beside_the_others(tmp_path):
         Case("right", "peers", "2x3", partial(built, nn.Identity())),
     ]
     options = replace(TINY, modes=("forward",), csv=tmp_path / "new" / "rows.csv")
-    rows = {row.op: row for row in common.run("layers", [group], options, side=16)}
+    rows = {row.op: row for row in run.run("layers", [group], options, side=16)}
     assert rows["wrong"].error.startswith("ValueError: wrong: output 0 is off by 5.0e-02 relative to float64")
     assert rows["broken"].error == "RuntimeError: no such thing"
     assert rows["wrong"].p50 is rows["broken"].peak is None
@@ -146,12 +148,12 @@ class WrongBackward(nn.Module):
 
 def test_a_wrong_gradient_is_never_timed():
     group = [Case("wrong", "peers", "2x3", partial(built, WrongBackward()))]
-    rows = common.run("layers", [group], replace(TINY, modes=("full",)), side=16)
+    rows = run.run("layers", [group], replace(TINY, modes=("full",)), side=16)
     assert rows[-1].error.startswith("ValueError: wrong: gradient 0 is off by 2.0e+00")
 
 
 def test_a_compiler_that_is_missing_is_a_row(monkeypatch):
-    monkeypatch.setattr(common, "IS_CHILD", True)  # so that this process compiles, where the compiler can be taken away
+    monkeypatch.setattr(run, "IS_CHILD", True)  # so that this process compiles, where the compiler can be taken away
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
     options = {"shapes": ((2, 8, 3, 3),), "ops": ("MFA",), "providers": ("compile", "eager"), "modes": ("forward",)}
