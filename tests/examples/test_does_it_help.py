@@ -134,7 +134,8 @@ def test_the_report_counts_what_the_rows_say(tmp_path):
         return {"data": "toy", "arm": arm, "seed": seed, **scores, **rest, "protocol": SMALL.__dict__ | {"sites": ["a", "b"]}}
 
     given = [row("head only", 0, 0.5), row("head only", 1, 0.6), row("MFA", 0, 0.56), row("MFA", 1, 0.64)]
-    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(one) + "\n" for one in given))
+    chosen = [row("MFA", CHOOSING, 0.99) | {"part": "validation"}]  # chose a rate; the report does not count it
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chosen + given))
     (tmp_path / "toy-steps.json").write_text(json.dumps({"head only": 2.0, "MFA": 5.0}))
     report(tmp_path, Console(quiet=True))
     text = (tmp_path / "toy.md").read_text()
