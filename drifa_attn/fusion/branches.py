@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drifa_attn.network.copies import meta_clone
 from drifa_attn.network.glue import NotCuttableError
@@ -34,7 +34,7 @@ def surveyed(modality: str, backbone: nn.Module, classifier: str | None, example
 
 
 def advanced(
-    modality: str, backbone: nn.Module, found: Survey, stages: Sequence[str], classifier: str | None
+    modality: str, backbone: nn.Module, found: Survey, stages: Sequence[str], classifier: str | None, example_input: Any
 ) -> dict[bool, list[Part]]:
     """The parts of a backbone for both modes, tried on a copy of it."""
     args, kwargs = found.inputs
@@ -45,7 +45,7 @@ def advanced(
     try:
         with torch.no_grad():
             parts = {training: cut(found.clone.train(training), stages, args[0]) for training in (False, True)}
-        compare(modality, backbone, parts, stages, args[0].shape, classifier)
+        compare(modality, backbone, parts, stages, args[0], classifier=classifier, example_input=example_input)
     except NotCuttableError as error:
         raise ValueError(
             f"fuse cannot advance backbone {modality!r} ({type(backbone).__name__}) stage by stage: "
@@ -59,8 +59,10 @@ def compare(
     backbone: nn.Module,
     parts: Mapping[bool, Sequence[Part]],
     stages: Sequence[str],
-    shape: Sequence[int],
+    given: Tensor,
+    *,
     classifier: str | None,
+    example_input: Any,
 ) -> None:
     """Raise a `NotCuttableError` unless the parts give what a copy of the backbone gives."""
     if any(p.is_meta for p in backbone.parameters()):
@@ -68,4 +70,13 @@ def compare(
     trial = without_classifier(copy.deepcopy(backbone).cpu(), modality, classifier)
     trial = trial.float() if any(p.dtype is torch.float16 for p in trial.parameters()) else trial
     dtype = next((p.dtype for p in trial.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    check_parts(trial, parts, stages, torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+    check_parts(trial, parts, stages, sample(given, example_input, dtype))
+
+
+def sample(given: Tensor, example_input: Any, dtype: torch.dtype) -> Tensor:
+    """Values to try a backbone on: noise, or where it reads integers those of the example, else zeros."""
+    if given.is_floating_point():
+        return torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if isinstance(example_input, Tensor) and not example_input.is_meta:
+        return example_input.detach().cpu()
+    return torch.zeros(given.shape, dtype=given.dtype)

@@ -66,7 +66,7 @@ def fuse(
     stages, outputs, parts = paired(found, at), branch_outputs(found), {}
     for name, backbone in backbones.items():
         names = [sites[name].module for sites in stages if name in sites]
-        parts[name] = advanced(name, backbone, found[name], names, classifiers.get(name))
+        parts[name] = advanced(name, backbone, found[name], names, classifiers.get(name), example_inputs.get(name))
     places = [list(sites.values()) for sites in stages]
     options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
     refiners = [refiner(where, **options, **factory) for where in places] if refiner else []

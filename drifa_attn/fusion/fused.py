@@ -1,6 +1,7 @@
 """`Fused`: backbones that advance together, refined after every stage, read out into one vector, with one head per task."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from drifa_attn.layout import Place, positions
 from drifa_attn.network.glue import enter, leave
 from drifa_attn.network.lockstep import Part
+from drifa_attn.network.modes import without_statistics
 from drifa_attn.network.site import Site
 from drifa_attn.trees import at_path, replace_tensor
 
@@ -113,7 +115,11 @@ class Fused(nn.Module):
         branch = self.branches[name]
         part = self.parts[name][branch.training][k]
         if self.checkpoints and torch.is_grad_enabled():
-            return checkpoint(part.run, branch, *state, use_reentrant=False)
+            if torch.compiler.is_compiling():
+                return checkpoint(part.run, branch, *state, use_reentrant=False)
+            # The second run computes what the first did, and its batch norms must not count the batch again.
+            contexts = lambda: (nullcontext(), without_statistics(branch))  # noqa: E731
+            return checkpoint(part.run, branch, *state, use_reentrant=False, context_fn=contexts)
         return part.run(branch, *state)
 
     def extra_repr(self) -> str:

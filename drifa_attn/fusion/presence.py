@@ -44,8 +44,8 @@ def presence(inputs: Mapping[str, Tensor], names: Sequence[str], present: Tensor
 
 
 def cleared(x: Tensor, has: Tensor | None) -> Tensor:
-    """The input with zeros for the samples that lack this modality, so that what they hold, even NaN, has no effect."""
-    if has is None or not x.is_floating_point():
+    """The input with zeros for the samples that lack this modality, so that what they hold, NaN or no index, has no effect."""
+    if has is None:
         return x
     return torch.where(has.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
 
