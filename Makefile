@@ -18,7 +18,7 @@ ELSEWHERE := OPENBLAS_CORETYPE=Haswell OPENBLAS_CORETYPE=SkylakeX OPENBLAS_CORET
 
 test-elsewhere: .venv/dev
 	@status=0; for variation in $(ELSEWHERE); do \
-		result=$$(env $$variation TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 $(MAKE) -s test 2>&1) || status=1; \
+		result=$$(env $$variation TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/outputs/inductor/$$variation $(MAKE) -s test 2>&1) || status=1; \
 		echo "$$variation: $$(echo "$$result" | tail -n 1)"; echo "$$result" | grep -E "^(FAILED|ERROR)" || true; \
 	done; exit $$status
 
