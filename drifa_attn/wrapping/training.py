@@ -76,8 +76,8 @@ def parameter_groups(
         weight_decay: of everything else, >= 0.
         classifier: as `freeze_backbone` takes it; with True, a network that does not state its classifier has no group "head".
 
-    Returns: dicts with "params", "lr", "weight_decay" and a "name": "attention", "head", "rest", each also as "… without
-        decay". Every parameter is in one group; what is frozen is in none, and a group without parameters is left out.
+    Returns: dicts with "params", "lr", "weight_decay" and a "name": "attention", "strength", "head", "rest", each also as "…
+        without decay". Every parameter is in one group; what is frozen is in none, and a group without parameters is left out.
     Raises: ValueError: the network holds no attention, has no such classifier, takes no gradients, or a rate is negative.
     """
     for what, rate in (("lr", lr), ("attention_lr", attention_lr), ("weight_decay", weight_decay)):

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.datasets import ImageFolder
 
+from examples.drifa_net.sources import npz
+
 PARTS = ("train", "validation", "test")
 
 
@@ -49,15 +51,15 @@ def digits() -> Collection:
 
 
 def archive(path: Path) -> Collection:
-    """A NumPy archive: `images` (uint8, b h w 3), `labels`, `classes` and `split` (0 train, 1 validation, 2 test)."""
-    with np.load(path, allow_pickle=False) as file:
-        missing = {"images", "labels", "classes", "split"} - set(file.files)
-        if missing:
-            raise ValueError(f"{path.name} lacks {sorted(missing)}: an archive holds images, labels, classes and split.")
-        images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        labels, split = torch.from_numpy(file["labels"]).long(), torch.from_numpy(file["split"])
-        classes = [str(name) for name in file["classes"]]
-    return Collection(path.stem, classes, {name: Part(images[split == i], labels[split == i]) for i, name in enumerate(PARTS)})
+    """A NumPy archive: `images` (uint8, b h w 3 or b h w), `labels`, `classes` and `split` (0 train, 1 validation, 2 test)."""
+    found = npz.read(path)
+    if found.split is None:
+        raise ValueError(f"{path} has no array 'split': it says 0, 1 or 2 (train, validation, test) for each image.")
+    pixels, labels, split = (torch.from_numpy(np.asarray(array)) for array in (found.images, found.labels, found.split))
+    pixels = pixels[..., None].expand(-1, -1, -1, 3) if pixels.ndim == 3 else pixels
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    parts = {name: Part(images[split == i], labels[split == i]) for i, name in enumerate(PARTS)}
+    return Collection(found.name, list(found.classes), parts)
 
 
 def folders(path: Path, size: int) -> Collection:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics.functional import classification
+
+from examples.drifa_net.metrics import scores
 
 from .arms import ARMS, adapted, batched, deviations, groups, refined, trained_weights
 from .data import Collection, Part
@@ -140,17 +141,6 @@ def fit(
             schedule.step()
             seconds.append(time.perf_counter() - start)
     return seconds
-
-
-def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """What predictions are worth: the metrics are means over classes; ECE has 15 bins, less is better."""
-    classes, predicted = probs.shape[1], probs.argmax(1)
-    return {
-        "accuracy": (predicted == labels).double().mean().item(),
-        "balanced_accuracy": classification.multiclass_recall(predicted, labels, classes, average="macro").item(),
-        "macro_f1": classification.multiclass_f1_score(predicted, labels, classes, average="macro").item(),
-        "ece": classification.multiclass_calibration_error(probs, labels, classes, n_bins=15).item(),
-    }
 
 
 def kept(model: nn.Module, inputs: Tensor) -> int:
