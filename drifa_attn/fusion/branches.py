@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drifa_attn.network.copies import meta_clone
 from drifa_attn.network.glue import NotCuttableError
 from drifa_attn.network.lockstep import Part, check_parts, cut
-from drifa_attn.network.survey import Survey, survey
+from drifa_attn.network.record import Survey
+from drifa_attn.network.survey import survey
 from drifa_attn.wrapping.inject import detach
 
 
@@ -29,8 +29,12 @@ def without_classifier(backbone: nn.Module, modality: str, named: str | None) ->
 
 def surveyed(modality: str, backbone: nn.Module, classifier: str | None, example_input: Any, **hints: Any) -> Survey:
     """The survey of a backbone without its classifier and without attention; the backbone itself is untouched."""
-    clone = without_classifier(meta_clone(backbone), modality, classifier)
-    return survey(clone, example_input, prepare=detach, **hints)
+
+    def prepare(clone: nn.Module) -> None:
+        without_classifier(clone, modality, classifier)
+        detach(clone)
+
+    return survey(backbone, example_input, prepare=prepare, **hints)
 
 
 def advanced(

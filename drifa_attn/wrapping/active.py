@@ -69,13 +69,14 @@ def labels(model: nn.Module) -> dict[str, Any]:
     return {sites.get(id(attention), name): attention for name, attention in found.items()}
 
 
-def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The gate of every attention for these inputs, `{name: b c}`, each in (0, 1), float32 at least.
 
     The name is that of the site, "layer1", or of the layer where attention is part of the network's own code. A layer that
     refines several modalities gives one gate for each, "refiners.0.smear" in a fused network; a modality that the whole batch
-    lacks has none. One forward pass runs in eval mode without gradients, uncompiled, also where attention is disabled; the
-    network's own state comes back afterwards.
+    lacks has none. A site that runs several times in one forward, as in a tower that is shared, gives a list. One forward pass
+    runs in eval mode without gradients, uncompiled, also where attention is disabled; the network's own state comes back
+    afterwards.
 
     Args: what the network itself takes, `gates(model, x)`, `gates(net, inputs, present)`.
     Raises: ValueError: the network holds no attention, or attention that does not multiply features.
@@ -83,7 +84,7 @@ def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return observed(model, "gates", args, kwargs)
 
 
-def gains(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def gains(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The gain of every attention for these inputs, `{name: b c}`: the factors that the features are multiplied by.
 
     For the paper's attention the gain is `gate · alpha`. It is one wherever attention has left its features alone, and its
@@ -94,9 +95,9 @@ def gains(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return observed(model, "gains", args, kwargs)
 
 
-def observed(model: nn.Module, what: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def observed(model: nn.Module, what: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a method of every attention says of the features that it is given in one forward pass."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         for name, attention in labels(model).items():
             enabled = attention.enabled
@@ -108,19 +109,19 @@ def observed(model: nn.Module, what: str, args: tuple, kwargs: Mapping[str, Any]
         stack.enter_context(eagerly())
         stack.enter_context(torch.no_grad())
         model(*args, **kwargs)
-    return found
+    return {name: each[0] if len(each) == 1 else each for name, each in found.items()}
 
 
-def keep(found: dict[str, Tensor], name: str, what: str, attention: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def keep(found: dict[str, list[Tensor]], name: str, what: str, attention: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """A pre-hook of an attention that keeps what it says."""
     gate = getattr(attention, what)(*args, **kwargs)
     if isinstance(gate, Tensor):
-        found[name] = gate
+        found.setdefault(name, []).append(gate)
         return
     present = kwargs.get("present", args[1] if len(args) > 1 else None)
     for i, (modality, one) in enumerate(zip(modalities(attention, gate), gate, strict=True)):
         if present is None or present[:, i].any():
-            found[f"{name}.{modality}"] = one
+            found.setdefault(f"{name}.{modality}", []).append(one)
 
 
 def modalities(attention: Any, gate: Sequence[Tensor]) -> Sequence[Any]:
