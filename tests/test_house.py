@@ -146,13 +146,14 @@ def test_the_public_surface_is_the_written_one():
 
 def calls(function):
     """The files of the package whose functions are called, in order, with the files around them, code and arguments."""
-    seen, stack = [], []
+    seen, stack, frames = [], [], {}
 
     def watch(frame, event, _):
         path = frame.f_code.co_filename
         if event == "call":
             stack.append(path)
-            if path.startswith(str(PACKAGE)):
+            if path.startswith(str(PACKAGE)) and id(frame) not in frames:
+                frames[id(frame)] = frame  # a generator that goes on is not called again
                 seen.append((path, tuple(stack[:-1]), frame.f_code, {type(value) for value in frame.f_locals.values()}))
         elif event == "return" and stack:
             stack.pop()
