@@ -45,8 +45,16 @@ def closed(survey: Survey, frames: set[str]) -> set[str]:
     kinds = {type(survey.modules[name]) for name in names} - set(CONTAINERS)
     names |= {lifted(survey, name) for name in survey.first.calls if type(survey.modules[name]) in kinds}
     names = {name for name in names if is_candidate(survey, name)}
+    names = {name for name in names if not is_folded_within(survey, name)} or names
     once = {name for name in names if survey.first.calls[name].count == 1}
     return {name for name in names if not any(other.startswith(f"{name}.") for other in once)}
+
+
+def is_folded_within(survey: Survey, name: str) -> bool:
+    """Whether a module works on pieces, such as patches, of what a module around it works on, as in MobileViT."""
+    inner = [site.folded for site in survey.found[name].sites]
+    around = [survey.found.get(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
+    return any(site.folded < min(inner, default=0) for found in around if found for site in found.sites)
 
 
 def lifted(survey: Survey, name: str) -> str:

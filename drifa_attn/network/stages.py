@@ -101,7 +101,8 @@ def steps(survey: Survey, names: Sequence[str]) -> list[str]:
         and not isinstance(module, TABLES)
         and not any(name.startswith(f"{block}.") for block in names)
     }
-    return [name for name in in_order(survey, inner - left_out | set(names)) if survey.found[name].sites]
+    found = in_order(survey, inner - left_out | set(names))
+    return [name for name in found if any(site.channels > 1 for site in survey.found[name].sites)]  # one channel is a mask
 
 
 def is_weighted(survey: Survey, run: Sequence[str]) -> bool:
