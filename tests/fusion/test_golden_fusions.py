@@ -65,7 +65,7 @@ class Golden:
         named = {f"g.{name}": p for name, p in layer.named_parameters()} if layer is not None else {}
         for name in self.values:
             if name in named and name.startswith("g.keys") and name.endswith("bias"):
-                assert max_abs(named[name].grad) < 1e-6  # zero: it adds the same to all that a softmax weighs
+                assert max_abs(named[name].grad) < 1e-5  # zero: it adds the same to all that a softmax weighs
             elif name in named:
                 assert_golden(named[name].grad, self.values[name], self.name, name)
         return [name for name in self.values if name in named]
