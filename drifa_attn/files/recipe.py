@@ -104,7 +104,7 @@ def fused_once(
             if wrapped:
                 wrap_again(backbones[modality], wrapped, inputs.get(modality), factory)
         at = [{modality: entry["module"] for modality, entry in sites.items()} for sites in recipe["stages"]]
-        return fuse(backbones, recipe["tasks"], at=at, example_inputs=inputs, **recipe["options"])
+        return fuse(backbones, recipe["tasks"], at=at or "stage", example_inputs=inputs, **recipe["options"])
     except Exception:
         for backbone in backbones.values():
             detach(backbone)

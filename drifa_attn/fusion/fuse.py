@@ -13,7 +13,7 @@ from .branches import advanced, surveyed, without_classifier
 from .fused import Fused
 from .pairs import Pairs, branch_outputs, paired
 from .protocol import Readout, Refiner
-from .systems import system
+from .systems import built, system
 
 
 def fuse(
@@ -34,7 +34,7 @@ def fuse(
         logits = net({"dermoscopy": x, "smear": y})
 
     Each backbone is cut at its stages and compared with itself, in eval and training mode, before it is used; its classifier is
-    taken off (by `reset_classifier(0)` where it has that, as timm's networks have). With MIFA's default start and all
+    taken off (by `reset_classifier(0)` where it has that, as timm's networks have). At the start, with all
     modalities present, the features of each branch equal those of its own backbone bit for bit until training moves them.
 
     Args:
@@ -43,8 +43,11 @@ def fuse(
         at: "stage" pairs stages by reduction where the networks share at least two, else by fraction of depth; "block" pairs
             blocks by fraction of depth, and stages in a network without blocks; or a list with one {modality: module name} per
             stage, in calling order.
-        fusion: the name of a fusion, "mifa", or a `Refiner` or `Readout` class of one's own.
-        fusion_options: what its refiners take, for "mifa" `reduction` (16), `dim` and `init` ("identity"); see `MIFA`.
+        fusion: "mifa", "concat", "sum", "gated", "lmf", "mmtm", "cross_attention", "mutual_attention", "caf", "mttu", "gloria",
+            "aff", "iaff", or a `Refiner` or `Readout` class of one's own. `fusion.FUSIONS` holds their classes, which say what
+            they compute.
+        fusion_options: what its refiners take, or its readout where it has none: for "mifa" `reduction` (16), `dim` and `init`
+            ("identity"), see `MIFA`.
         dropout: before the heads, in [0, 1).
         modality_dropout: in training, the probability that a present modality is dropped, in [0, 1).
         classifiers: {modality: module name} to take off where a backbone has no `reset_classifier`; others keep their output.
@@ -61,19 +64,21 @@ def fuse(
     tasks = checked_tasks(tasks)
     dropout, modality_dropout = rate("dropout", dropout), rate("modality_dropout", modality_dropout)
     check_known(backbones, classifiers=classifiers, example_inputs=example_inputs)
-    refiner, readout = system(fusion)
+    system(fusion)  # told before anything is traced
     found = {name: surveyed(name, one, classifiers.get(name), example_inputs.get(name)) for name, one in backbones.items()}
     stages, outputs, parts = paired(found, at), branch_outputs(found), {}
+    options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
+    places = [list(sites.values()) for sites in stages]
+    refiners, readout = built(fusion, list(outputs.values()), places, options, factory)
+    if not refiners and not readout.keeps:
+        stages = []  # every backbone runs to its end
     for name, backbone in backbones.items():
         names = [sites[name].module for sites in stages if name in sites]
         parts[name] = advanced(name, backbone, found[name], names, classifiers.get(name), example_inputs.get(name))
-    places = [list(sites.values()) for sites in stages]
-    options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
-    refiners = [refiner(where, **options, **factory) for where in places] if refiner else []
     net = Fused(
         {name: nn.Identity() for name in backbones},
         refiners,
-        readout(list(outputs.values()), places, **({} if refiner else options), **factory),
+        readout,
         tasks,
         stages=stages,
         outputs=outputs,

@@ -22,7 +22,7 @@ from .protocol import Readout, Refiner
 class Fused(nn.Module):
     """Several backbones in lockstep, refined after every stage, one linear head per task; `fuse` builds it.
 
-        f_i = mean(branch_i(x_i)), refined after every stage        logits = lin(head, readout(f_1, …, f_m))
+        v_i = mean(branch_i(x_i)), refined after every stage        logits = lin(head, readout(v_1, …, v_m))
 
     Absent modalities add nothing to a gate. What the readout makes of them, it says. In training a branch runs on the samples
     that have its modality alone, so that batch norms see no others, and on none it does not run at all. In eval mode, where
@@ -31,9 +31,10 @@ class Fused(nn.Module):
 
     Attributes:
         branches: the backbones by modality, the same objects that were given.
-        refiners: one per stage, for DRIFA a MIFA; `stages` are its sites by modality. `gates` shows their gates, `disabled`
-            switches them off.
+        refiners: one per stage, for DRIFA a MIFA, or none at all; `stages` are its sites by modality. `gates` shows their
+            gates, `disabled` switches them off.
         readout: makes one vector per sample of all branches.
+        plan: which features meet where, and what the fusion costs there; `print` it.
         heads: one linear layer per task.
         modality_dropout: in training, the probability that a present modality is dropped; a sample keeps at least one.
 
@@ -45,7 +46,7 @@ class Fused(nn.Module):
         it.
     """
 
-    pretrained_cfg = {"classifier": "heads"}  # as timm's networks state theirs
+    pretrained_cfg = {"classifier": ("readout", "heads")}  # as timm's networks state theirs
     drifa_parts = "its branches, net.branches[name]"  # what `wrap` is to be given instead
 
     def __init__(
@@ -74,6 +75,7 @@ class Fused(nn.Module):
         self.modality_dropout = modality_dropout
         self.stages, self.outputs, self.parts, self.recipe = stages, outputs, parts, dict(recipe)
         self.checkpoints = False
+        readout.names = tuple(branches)
         for refiner, sites in zip(self.refiners, stages, strict=False):
             refiner.names = tuple(sites)  # type: ignore[assignment]
 
@@ -91,6 +93,10 @@ class Fused(nn.Module):
         """The pooled features `b c` of every branch, zeros for a modality that the whole batch lacks."""
         return dict(zip(self.modalities, self.advance(inputs, present)[0], strict=True))
 
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward in training, weighted, for `TaskLoss`; {} for most fusions."""
+        return self.readout.losses()
+
     def advance(
         self, inputs: Mapping[str, Tensor], present: Tensor | None
     ) -> tuple[list[Tensor], dict[int, list[Tensor]], Tensor | None]:
@@ -101,8 +107,8 @@ class Fused(nn.Module):
         for i, name in enumerate(self.modalities):
             if name in inputs:
                 run.begin(name, inputs[name], None if present is None else present[:, i], alone=self.training)
-        for refiner, sites in zip(self.refiners, self.stages, strict=False):
-            run.stage(refiner, sites)
+        for k, sites in enumerate(self.stages):
+            run.stage(self.refiners[k] if len(self.refiners) else None, sites)
         return [run.vector(name, site) for name, site in self.outputs.items()], run.kept, present
 
     @property
@@ -156,7 +162,7 @@ class Advance:
             return y
         return y.new_zeros(self.sample.shape[0], *y.shape[1:]).index_copy(0, self.rows[name], y)
 
-    def stage(self, refiner: nn.Module, sites: Mapping[str, Site]) -> None:
+    def stage(self, refiner: nn.Module | None, sites: Mapping[str, Site]) -> None:
         """Run the branches that meet here up to this stage, and refine their features."""
         outputs = {n: self.net.run(n, self.done[n], self.states[n]) for n in sites if n in self.states}
         xs = [
@@ -164,7 +170,7 @@ class Advance:
             for name, site in sites.items()
         ]
         seen = None if self.present is None else self.present[:, [self.net.modalities.index(name) for name in sites]]
-        ys = refiner(xs, seen)
+        ys = xs if refiner is None else refiner(xs, seen)
         if self.number in self.net.readout.keeps:
             self.kept[self.number] = ys
         for (name, site), y in zip(sites.items(), ys, strict=True):
@@ -178,11 +184,9 @@ class Advance:
         self.number += 1
 
     def stand_in(self, place: Place) -> Tensor:
-        """A feature of one position for a modality that the whole batch lacks."""
-        ones = [1] * (len(place.shape) - 1)
-        first = place.layout == "b c ..."
-        shape = (place.channels, *ones) if first else (*[place.num_prefix_tokens + n for n in ones], place.channels)
-        return self.sample.new_zeros(self.sample.shape[0], *shape, dtype=self.net.dtype)
+        """Zeros in the place of a feature, for a modality that the whole batch lacks; they take no memory."""
+        zero = self.sample.new_zeros([1] * (1 + len(place.shape)), dtype=self.net.dtype)
+        return zero.expand(self.sample.shape[0], *place.shape)
 
     def vector(self, name: str, site: Site) -> Tensor:
         """The pooled output of a branch after its last part."""

@@ -124,10 +124,11 @@ def run_parts(network: nn.Module, parts: Sequence[Part], x: Tensor) -> Any:
     """The network's output by its parts, with the end of every stage changed."""
     try:
         (x,), _ = enter(network, (x,), {})
-        output, handed = parts[0].run(network, x)
-        for middle in parts[1:-1]:
-            output, handed = middle.run(network, changed(output), *handed)
-        return leave(network, parts[-1].run(network, changed(output), *handed))
+        state: tuple[Any, ...] = (x,)
+        for one in parts[:-1]:
+            output, handed = one.run(network, *state)
+            state = (changed(output), *handed)
+        return leave(network, parts[-1].run(network, *state))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
