@@ -87,7 +87,7 @@ def checked_branch(backbone: nn.Module, modality: str, recipe: Mapping[str, Any]
     """The survey of a backbone; a `ValueError` unless it has the features that its branch in the file had."""
     entries = [entry[modality] for entry in recipe["stages"] if modality in entry]
     sites = [site_of(entry) for entry in [*entries, *(recipe["branches"][modality] or {"sites": []})["sites"]]]
-    classifier = recipe["options"]["classifiers"].get(modality)
+    classifier = recipe["options"]["classifiers"].get(modality, "")
     found = surveyed(modality, backbone, classifier, example_input, **hints(sites))
     found.title += f" of branch {modality!r}"
     for site in sites:

@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from drifa_attn.layout import Place, positions
 from drifa_attn.network.glue import enter, leave
+from drifa_attn.network.inputs import as_call
 from drifa_attn.network.lockstep import Part
 from drifa_attn.network.modes import without_statistics
 from drifa_attn.network.site import Site
-from drifa_attn.trees import at_path, replace_tensor
+from drifa_attn.trees import at_path, map_tensors, replace_tensor
 
-from .presence import check_inputs, cleared, presence, present_rows
+from .presence import checked_inputs, cleared, first_tensor, presence, present_rows
 from .protocol import Readout, Refiner
 
 
@@ -38,8 +39,9 @@ class Fused(nn.Module):
         heads: one linear layer per task.
         modality_dropout: in training, the probability that a present modality is dropped; a sample keeps at least one.
 
-    Shape: {modality: what its backbone takes, `b …`}, present `b m` (bool, modalities in the order of `branches`) ->
-        {task: logits `b k`}. A modality that is not in the dict is absent from the whole batch.
+    Shape: {modality: what its backbone takes, `b …`: a tensor, a tuple of arguments or a dict of keyword arguments}, present
+        `b m` (bool, modalities in the order of `branches`) -> {task: logits `b k`}. A modality that is not in the dict, or is
+        None there, is absent from the whole batch.
     Raises: ValueError, TypeError: an unknown modality, an empty dict, unequal batch sizes, or a `present` that is not
         `b m` of bool.
     Differs: the paper fuses two ResNet-18 of its own. Other backbones, other numbers of them, and absent modalities are not in
@@ -83,13 +85,13 @@ class Fused(nn.Module):
         """Recompute what lies between two stages in the backward pass instead of keeping it."""
         self.checkpoints = enable
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
         """The logits of every task."""
         vectors, kept, present = self.advance(inputs, present)
         fused = self.dropout(self.readout([vector.to(self.dtype) for vector in vectors], kept, present))
         return {task: head(fused) for task, head in self.heads.items()}
 
-    def features(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
+    def features(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
         """The pooled features `b c` of every branch, zeros for a modality that the whole batch lacks."""
         return dict(zip(self.modalities, self.advance(inputs, present)[0], strict=True))
 
@@ -98,12 +100,12 @@ class Fused(nn.Module):
         return self.readout.losses()
 
     def advance(
-        self, inputs: Mapping[str, Tensor], present: Tensor | None
+        self, inputs: Mapping[str, Any], present: Tensor | None
     ) -> tuple[list[Tensor], dict[int, list[Tensor]], Tensor | None]:
         """All branches from their inputs to their vectors, the refined features that the readout keeps, and who is present."""
-        check_inputs(inputs, self.modalities, present)
+        inputs = checked_inputs(inputs, self.modalities, present)
         present = presence(inputs, self.modalities, present, self.modality_dropout if self.training else 0)
-        run = Advance(self, next(iter(inputs.values())), present)
+        run = Advance(self, first_tensor(inputs), present)
         for i, name in enumerate(self.modalities):
             if name in inputs:
                 run.begin(name, inputs[name], None if present is None else present[:, i], alone=self.training)
@@ -147,14 +149,15 @@ class Advance:
         self.kept: dict[int, list[Tensor]] = {}
         self.number = 0
 
-    def begin(self, name: str, x: Tensor, has: Tensor | None, *, alone: bool) -> None:
+    def begin(self, name: str, given: Any, has: Tensor | None, *, alone: bool) -> None:
         """Put an input into its branch: with `alone` only the samples that have it, else the others too, as zeros."""
         rows = present_rows(has) if alone else None
         if rows is not None:
             if not len(rows):
                 return  # as if it were not given
-            self.rows[name], x = rows, x[rows]
-        self.states[name], _ = enter(self.net.branches[name], (cleared(x, has) if rows is None else x,), {})
+            self.rows[name] = rows
+        inputs = as_call(map_tensors(given, lambda x: cleared(x, has) if rows is None else x[rows]))
+        self.states[name] = (enter(self.net.branches[name], *inputs),)
 
     def whole(self, name: str, y: Tensor) -> Tensor:
         """A feature of the samples that a branch ran on, with zeros for the others."""

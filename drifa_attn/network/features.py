@@ -59,12 +59,26 @@ def unread(site: Site) -> str:
 
 
 def output_site(survey: Survey) -> Site | str:
-    """The tensor in the network's own output that a head reads, or the reason why none can be read."""
+    """The tensor in the network's own output that a head reads, or the reason why none can be read.
+
+    Of several outputs it is the first if that is a vector, else the last map: backbones list their maps from the input on.
+    """
     outputs = survey.first.calls[""].outputs
     if not outputs:
         return "its output holds no tensor"
     seen = [feature(survey, "", path) for path in outputs]
-    return next((site for site in seen if isinstance(site, Site)), seen[-1])
+    sites = [site for site in seen if isinstance(site, Site)]
+    if not sites:
+        return seen[-1]
+    top = min(len(site.path) for site in sites)
+    maps = [site for site in sites if site.positions > 1 and len(site.path) == top]
+    return maps[-1] if maps and sites[0].positions > 1 else sites[0]
+
+
+def trailing_linear(survey: Survey) -> str | None:
+    """The name of the linear layer whose vectors are the network's own output; None if there is no such layer."""
+    ends = [name for name in survey.first.output_producers if isinstance(survey.modules[name], nn.Linear)]
+    return next((name for name in ends if any(len(o.shape) == 2 for o in survey.first.calls[name].outputs.values())), None)
 
 
 def feature(survey: Survey, name: str, path: Path, channels: Collection[int] = (), layout: Layout | None = None) -> Site | str:
