@@ -30,8 +30,7 @@ def output_layers(survey: Survey) -> set[str]:
     read = 0
     for name in innermost:
         read |= calls[name].input_reach if next(modules[name].parameters(), None) is not None else 0
-    lowest = min((resolution(survey, name) for name in weighted if survey.found[name].sites), default=0)
-    found, marks = set(), 0
+    found, marks, coarsest = set(), 0, lowest(survey)
     for name in weighted:
         mark = sum(output.mark for output in calls[name].outputs.values())
         if mark & read or not survey.found[name].sites:
@@ -39,29 +38,35 @@ def output_layers(survey: Survey) -> set[str]:
         site, read_channels = survey.found[name].sites[0], {p.shape[1] for p in modules[name].parameters() if p.ndim > 1}
         if name in survey.first.output_producers:
             found.add(name)
-        if resolution(survey, name) > lowest or site.channels < min(read_channels):
+        if resolution(survey, name) > coarsest or site.channels < min(read_channels):
             marks |= mark
             found.add(name)
     return found | {name for name in innermost if calls[name].input_reach & marks}
 
 
 def without_predictions(survey: Survey, names: list[str]) -> list[str]:
-    """These modules, in calling order, without those that give predictions.
+    """These blocks without those that give predictions: the network's own output, narrower than what they read or finer.
 
-    A block that gives the network's own output does so if it is narrower than the block before it, or works at a higher
-    resolution than another one. The last block of a trunk without a head does neither.
+    Finer is what works at a higher resolution than a layer before it. The last block of a trunk without a head is neither.
     """
-    inside = heads(survey)
-    names = [name for name in names if name not in inside]
+    inside, coarsest = heads(survey), lowest(survey)
     kept = []
-    for before, name in zip([None, *names], names, strict=False):
-        if name in survey.first.output_producers and before is not None:
-            sites, earlier = survey.found[name].sites, survey.found[before].sites
-            lowest = min((resolution(survey, other) for other in names if survey.found[other].sites), default=0)
-            if sites and (resolution(survey, name) > lowest or (earlier and sites[0].channels < earlier[0].channels)):
+    for name in names:
+        if name in survey.first.output_producers and survey.found[name].sites:
+            site = survey.found[name].sites[0]
+            axis = 1 if site.layout == "b c ..." else -1
+            read = [shape[axis] for shape in survey.first.calls[name].input_shapes if len(shape) == len(site.shape) + 1]
+            if resolution(survey, name) > coarsest or site.channels < min(read, default=0):
                 continue
-        kept.append(name)
+        if name not in inside:
+            kept.append(name)
     return kept
+
+
+def lowest(survey: Survey) -> int:
+    """The resolution of the coarsest map; of a network without maps one."""
+    found = [resolution(survey, name) for name, found in survey.found.items() if found.sites]
+    return min((positions for positions in found if positions > 1), default=1)
 
 
 def resolution(survey: Survey, name: str) -> int:
