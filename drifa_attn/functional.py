@@ -2,23 +2,28 @@
 
 This file is the reference for every layer, test and fused operator of the package. Axes: `b` batch, `c` channels, `d` the width
 that attention works at, `n` positions (pixels, voxels, tokens; 1 for a vector), `m` modalities, `r` the three poolings (min,
-mean, max). Each linear map is a `Linear`: the pair (weight `out in`, bias `out`).
+mean, max). Each linear map is a `Linear`: the pair (weight `out in`, bias `out`), or a function `... in -> ... out` that is
+called, such as a quantised layer or one with adapters. A `mask`, `b n`, is True at the positions that are real: what is False,
+even NaN, takes no part in any pooling.
 
 Precision: a map of positions is computed in the dtype of `x`. The exception is float16, which is computed in float32, because
 an unbounded product can exceed the range of float16. Pooled vectors and gates are computed in float32, or in float64 if `x`
-is float64. Autocast never lowers either.
+is float64. Autocast never lowers either. A module that is called computes in the dtype of its own weights.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 
-Linear = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
+Linear = Pair | Callable[[Tensor], Tensor]
+Masks = Sequence[Tensor | None] | None  # `b n_i` or None, one per modality
 
 
 class Statistics(NamedTuple):
@@ -48,39 +53,78 @@ def map_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def as_map(x: Tensor) -> Tensor:
-    """`x` in the dtype that its maps are computed in."""
-    return x.to(map_dtype(x))
+def as_map(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`x` in the dtype that its maps are computed in, and zero where the mask is False: `b c n -> b c n`."""
+    x = x.to(map_dtype(x))
+    return x if mask is None else torch.where(mask[:, None], x, 0)
+
+
+def each(mask: Masks, xs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The mask of each modality, None for those that have none."""
+    return [None] * len(xs) if mask is None else mask
+
+
+def as_maps(xs: Sequence[Tensor], mask: Masks) -> list[Tensor]:
+    """`as_map` of every modality."""
+    return [as_map(x, one) for x, one in zip(xs, each(mask, xs), strict=True)]
+
+
+def called(linear: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    """`linear(v)`, computed in the dtype of the first weights that it has, in the dtype of v: `... c -> ... d`."""
+    weights = linear.parameters() if isinstance(linear, nn.Module) else ()
+    dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), v.dtype)
+    return linear(v.to(dtype)).to(v.dtype)
 
 
 def lin(x: Tensor, linear: Linear) -> Tensor:
-    """`W x + bias` with the same matrix at every position, computed as a 1x1 convolution: `b c n -> b d n`."""
+    """`W x + bias` with the same matrix at every position, of a pair computed as a 1x1 convolution: `b c n -> b d n`."""
+    if callable(linear):
+        return called(linear, x.mT).mT
     weight, bias = linear
     return F.conv1d(x, weight.to(x.dtype)[..., None], bias.to(x.dtype))
 
 
 def dense(v: Tensor, linear: Linear) -> Tensor:
-    """`W v + bias` of a pooled vector, in the dtype of the vector: `... c -> ... d`."""
+    """`W v + bias` of a pooled vector, of a pair in the dtype of the vector: `... c -> ... d`."""
+    if callable(linear):
+        return called(linear, v)
     weight, bias = linear
     return F.linear(v, weight.to(v.dtype), bias.to(v.dtype))
 
 
-def pool_mean(x: Tensor) -> Tensor:
-    """The mean over positions, summed in float32 at least: `b c n -> b c`."""
-    return x.mean(-1, dtype=vector_dtype(x))
+def pool_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over positions, summed in float32 at least; zero where a mask leaves none: `b c n -> b c`."""
+    if mask is None:
+        return x.mean(-1, dtype=vector_dtype(x))
+    return torch.where(mask[:, None], x, 0).sum(-1, dtype=vector_dtype(x)) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
-def pool_max(x: Tensor) -> Tensor:
-    """The maximum over positions; tied positions share its gradient equally: `b c n -> b c`."""
-    return x.amax(-1).to(vector_dtype(x))
+def pool_max(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The maximum over positions; tied ones share its gradient equally; zero where a mask leaves none: `b c n -> b c`."""
+    if mask is None:
+        return x.amax(-1).to(vector_dtype(x))
+    best = torch.where(mask[:, None], x, -math.inf).amax(-1)
+    return torch.where(mask.any(-1, keepdim=True), best, 0).to(vector_dtype(x))
 
 
-def pool_min(x: Tensor) -> Tensor:
-    """The minimum over positions; tied positions share its gradient equally: `b c n -> b c`."""
-    return x.amin(-1).to(vector_dtype(x))
+def pool_min(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The minimum over positions; tied ones share its gradient equally; zero where a mask leaves none: `b c n -> b c`."""
+    if mask is None:
+        return x.amin(-1).to(vector_dtype(x))
+    best = torch.where(mask[:, None], x, math.inf).amin(-1)
+    return torch.where(mask.any(-1, keepdim=True), best, 0).to(vector_dtype(x))
 
 
-def hifa(x: Tensor, conv1: Linear, conv2: Linear, conv3: Linear, conv4: Linear, dense_: Linear) -> Tensor:
+def hifa(
+    x: Tensor,
+    conv1: Linear,
+    conv2: Linear,
+    conv3: Linear,
+    conv4: Linear,
+    dense_: Linear,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Hierarchical information fusion attention (Fig. 2).
 
         h1 = σ(lin(conv1, x))          h2 = σ(lin(conv2, h1))
@@ -88,15 +132,15 @@ def hifa(x: Tensor, conv1: Linear, conv2: Linear, conv3: Linear, conv4: Linear, 
         u  = mean(h1) + max(h2)        v  = mean(h3) + max(h4)
         G  = σ(lin(dense, [u ; v]))
 
-    Shape: x `b c n` -> G `b c`; the convolutions are `c c`, dense_ is `c 2c`.
-    Differs: none.
+    Shape: x `b c n`, mask `b n` -> G `b c`; the convolutions are `c c`, dense_ is `c 2c`.
+    Differs: `mask` is not in the paper; None is the paper.
     """
-    x = as_map(x)
+    x = as_map(x, mask)
     h1 = lin(x, conv1).sigmoid()
     h2 = lin(h1, conv2).sigmoid()
     h3 = lin(h1 + h2, conv3).sigmoid()
     h4 = lin(h3, conv4).sigmoid()
-    return hifa_info(pool_mean(h1), pool_max(h2), pool_mean(h3), pool_max(h4), dense_)
+    return hifa_info(pool_mean(h1, mask), pool_max(h2, mask), pool_mean(h3, mask), pool_max(h4, mask), dense_)
 
 
 def hifa_info(mean1: Tensor, max2: Tensor, mean3: Tensor, max4: Tensor, dense_: Linear) -> Tensor:
@@ -104,15 +148,15 @@ def hifa_info(mean1: Tensor, max2: Tensor, mean3: Tensor, max4: Tensor, dense_: 
     return dense(torch.cat([mean1 + max2, mean3 + max4], dim=1), dense_).sigmoid()
 
 
-def clia(x: Tensor, conv1: Linear, conv2: Linear) -> Tensor:
+def clia(x: Tensor, conv1: Linear, conv2: Linear, *, mask: Tensor | None = None) -> Tensor:
     """Channel-wise local information attention (Fig. 2).
 
         p = mean(σ(lin(conv1, x)))    L = p + σ(lin(conv2, p))
 
-    Shape: x `b c n` -> L `b c`.
-    Differs: none.
+    Shape: x `b c n`, mask `b n` -> L `b c`.
+    Differs: `mask` is not in the paper; None is the paper.
     """
-    return clia_info(pool_mean(lin(as_map(x), conv1).sigmoid()), conv2)
+    return clia_info(pool_mean(lin(as_map(x, mask), conv1).sigmoid(), mask), conv2)
 
 
 def clia_info(p: Tensor, conv2: Linear) -> Tensor:
@@ -168,24 +212,26 @@ def mfa(
     squeeze: Linear | None = None,
     expand: Linear | None = None,
     statistics: Statistics | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The gate of multi-branch fusion attention (Fig. 2): `a = σ(global_scale · HIFA(x) + local_scale · CLIA(x))`.
 
     The attended features are `y = x · gain(a, alpha)`. With `squeeze` (c -> d), HIFA and CLIA read `lin(squeeze, x)`.
 
-    Shape: x `b c n` -> a `b c`, in (0, 1).
-    Differs: `squeeze`, `expand` and `statistics` are not in the paper; None is the paper.
+    Shape: x `b c n`, mask `b n` -> a `b c`, in (0, 1); where a mask leaves no position, every pooling is zero.
+    Differs: `squeeze`, `expand`, `statistics` and `mask` are not in the paper; None is the paper.
     """
     with without_autocast(x):
-        x = as_map(x)
+        x = as_map(x, mask)
         z = x if squeeze is None else lin(x, squeeze)
-        global_info, local_info = hifa(z, *hifa_weights), clia(z, *clia_weights)
+        global_info, local_info = hifa(z, *hifa_weights, mask=mask), clia(z, *clia_weights, mask=mask)
         return fusion_gate(global_info, local_info, global_scale, local_scale, expand, statistics)
 
 
-def pool_modalities(xs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+def pool_modalities(xs: Sequence[Tensor], present: Tensor | None = None, mask: Masks = None) -> Tensor:
     """`Σ_i r(x_i)` for r in (min, mean, max), over the modalities that a sample has: m times `b c n_i` -> `r b c`."""
-    pools = torch.stack([torch.stack([pool_min(x), pool_mean(x), pool_max(x)]) for x in xs])  # m r b c
+    parts = zip(xs, each(mask, xs), strict=True)
+    pools = torch.stack([torch.stack([pool_min(*part), pool_mean(*part), pool_max(*part)]) for part in parts])  # m r b c
     if present is not None:
         pools = torch.where(rearrange(present, "b m -> m 1 b 1"), pools, 0)
     return reduce(pools, "m r b c -> r b c", "sum")
@@ -198,13 +244,13 @@ def mask_absent(xs: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
     return [torch.where(rearrange(has, "b -> b 1 1"), x, 0) for x, has in zip(xs, present.unbind(1), strict=True)]
 
 
-def mgifa(xs: Sequence[Tensor], dense_: Linear, present: Tensor | None = None) -> Tensor:
+def mgifa(xs: Sequence[Tensor], dense_: Linear, present: Tensor | None = None, mask: Masks = None) -> Tensor:
     """Multimodal global information fusion attention (Fig. 3): `G = Σ_r σ(lin(dense, Σ_i r(x_i)))`, one dense for all r.
 
-    Shape: m tensors x_i `b c n_i` (the n_i may differ), present `b m` -> G `b c`.
-    Differs: `present` is not in the paper; None is the paper.
+    Shape: m tensors x_i `b c n_i` (the n_i may differ), present `b m`, mask m times `b n_i` or None -> G `b c`.
+    Differs: `present` and `mask` are not in the paper; None is the paper.
     """
-    return mgifa_info(pool_modalities([as_map(x) for x in xs], present), dense_)
+    return mgifa_info(pool_modalities(as_maps(xs, mask), present, mask), dense_)
 
 
 def mgifa_info(pools: Tensor, dense_: Linear) -> Tensor:
@@ -212,14 +258,14 @@ def mgifa_info(pools: Tensor, dense_: Linear) -> Tensor:
     return reduce(dense(pools, dense_).sigmoid(), "r b c -> b c", "sum")
 
 
-def mlifa(xs: Sequence[Tensor], convs: Sequence[Linear], present: Tensor | None = None) -> Tensor:
+def mlifa(xs: Sequence[Tensor], convs: Sequence[Linear], present: Tensor | None = None, mask: Masks = None) -> Tensor:
     """Multimodal local information fusion attention (Fig. 3): `L = Σ_r Σ_i r(t_i)`, `t_i = σ(lin(convs[i], x_i))`.
 
-    Shape: m tensors x_i `b c n_i` (the n_i may differ), present `b m` -> L `b c`.
-    Differs: `present` is not in the paper; None is the paper.
+    Shape: m tensors x_i `b c n_i` (the n_i may differ), present `b m`, mask m times `b n_i` or None -> L `b c`.
+    Differs: `present` and `mask` are not in the paper; None is the paper.
     """
-    maps = [lin(as_map(x), conv).sigmoid() for x, conv in zip(xs, convs, strict=True)]
-    return reduce(pool_modalities(maps, present), "r b c -> b c", "sum")
+    maps = [lin(x, conv).sigmoid() for x, conv in zip(as_maps(xs, mask), convs, strict=True)]
+    return reduce(pool_modalities(maps, present, mask), "r b c -> b c", "sum")
 
 
 def mifa(
@@ -230,6 +276,7 @@ def mifa(
     local_scale: Tensor,
     *,
     present: Tensor | None = None,
+    mask: Masks = None,
     squeezes: Sequence[Linear] | None = None,
     expands: Sequence[Linear] | None = None,
     statistics: Statistics | None = None,
@@ -238,15 +285,15 @@ def mifa(
 
     All modalities share one gate. The attended features are `y_i = x_i · gain(a, alphas[i])`. With `squeezes` (c_i -> d), all
     modalities are read at one width d, and `expands` (d -> c_i) map the shared sum to one gate per modality. The values of an
-    absent modality, even NaN, affect neither gates nor gradients.
+    absent modality, even NaN, affect neither gates nor gradients; a modality of which a mask leaves no position is absent.
 
-    Shape: m tensors x_i `b c_i n_i`, present `b m` -> m gates a_i `b c_i`, in (0, 1).
-    Differs: `present`, `squeezes`, `expands` and `statistics` are not in the paper; None is the paper.
+    Shape: m tensors x_i `b c_i n_i`, present `b m`, mask m times `b n_i` or None -> m gates a_i `b c_i`, in (0, 1).
+    Differs: `present`, `mask`, `squeezes`, `expands` and `statistics` are not in the paper; None is the paper.
     """
     with without_autocast(xs[0]):
-        xs = mask_absent([as_map(x) for x in xs], present)
+        xs = mask_absent(as_maps(xs, mask), present)
         zs = xs if squeezes is None else [lin(x, squeeze) for x, squeeze in zip(xs, squeezes, strict=True)]
-        global_info, local_info = mgifa(zs, mgifa_dense, present), mlifa(zs, mlifa_convs, present)
+        global_info, local_info = mgifa(zs, mgifa_dense, present, mask), mlifa(zs, mlifa_convs, present, mask)
         return fusion_gates(global_info, local_info, global_scale, local_scale, expands, statistics, modalities=len(xs))
 
 

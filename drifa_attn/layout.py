@@ -4,13 +4,18 @@ Layouts are written in einops notation. `"b c ..."` holds maps (`b c h w`), volu
 vectors (`b c`). `"b ... c"` holds channels-last maps (`b h w c`) and tokens (`b n c`). All axes but batch and channels are
 positions, `n` together. The first `num_prefix_tokens` tokens (class token, registers) are not spatial, so they are not
 positions.
+
+A `mask` is boolean, True at the positions that are real. It has the shape `b n`, over the positions behind the prefix tokens,
+or `b` and the sizes of these positions, such as `b h w`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Layout = Literal["b c ...", "b ... c"]
@@ -81,6 +86,54 @@ def check_features(owner: str, x: Tensor, channels: int, layout: Layout, num_pre
         )
 
 
+def sizes(x: Tensor, layout: Layout) -> tuple[int, ...]:
+    """The sizes of the axes of positions, prefix tokens among them."""
+    return tuple(x.shape[2:] if layout == "b c ..." else x.shape[1:-1])
+
+
+def checked_mask(owner: str, mask: Tensor | None, x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor | None:
+    """The mask of features x as `b n`; a `TypeError` or `ValueError` unless it is a boolean one that fits them."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{owner} expected mask to be a boolean tensor (b n), True at real positions, got {got}: convert it with .bool()."
+        )
+    if mask.device != x.device:
+        raise ValueError(f"{owner} expected mask on {x.device}, where the features are, got {mask.device}.")
+    axes = sizes(x, layout)
+    flat, spatial = (x.shape[0], math.prod(axes) - num_prefix_tokens), (x.shape[0], *axes)
+    if not torch.jit.is_tracing() and mask.shape != flat and (num_prefix_tokens or mask.shape != spatial):
+        behind = f", the positions behind {num_prefix_tokens} prefix tokens," if num_prefix_tokens else f" or {spatial}"
+        raise ValueError(
+            f"{owner} expected mask of shape (b, n) = {flat}{behind if flat != spatial else ''} for features {tuple(x.shape)}, "
+            f"got {tuple(mask.shape)}."
+        )
+    return flat_mask(mask)
+
+
+def flat_mask(mask: Tensor) -> Tensor:
+    """A mask of any number of axes as `b n`."""
+    return mask[:, None] if mask.ndim == 1 else mask.flatten(1)
+
+
+def checked_masks(
+    owner: str, mask: Sequence[Tensor | None] | None, xs: Sequence[Tensor], places: Sequence[tuple[Layout, int]]
+) -> list[Tensor | None] | None:
+    """The masks of several modalities as `b n_i`, or None if none has one; an error unless there is one, or None, for each."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) or not isinstance(mask, Sequence):
+        raise TypeError(
+            f"{owner} expected mask as a list with one tensor or None per modality ({len(xs)}), got {type(mask).__name__}."
+        )
+    if len(mask) != len(xs):
+        raise ValueError(f"{owner} expected one mask, or None, per modality ({len(xs)}), got {len(mask)}.")
+    each = [checked_mask(f"{owner} (modality {i})", *part, *places[i]) for i, part in enumerate(zip(mask, xs, strict=True))]
+    return None if all(one is None for one in each) else each
+
+
 def positions(x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
     """The positions that attention reads, as a view if the strides allow it: any layout -> `b c n`."""
     if x.ndim == 2:
@@ -90,19 +143,22 @@ def positions(x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
     return (x[:, num_prefix_tokens:] if num_prefix_tokens else x).flatten(1, -2).mT
 
 
-def spread(factor: Tensor, x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
-    """One factor per channel (`b c`) with as many axes as `x`; the factor of a prefix token is 1."""
+def spread(factor: Tensor, x: Tensor, layout: Layout, num_prefix_tokens: int = 0, mask: Tensor | None = None) -> Tensor:
+    """One factor per channel (`b c`) with as many axes as `x`; of a prefix token, and where the mask is False, it is 1."""
     ones = [None] * (x.ndim - 2)  # an axis of length 1 in the place of every axis of positions
     factor = factor[(..., *ones)] if layout == "b c ..." else factor[(slice(None), *ones)]
-    if num_prefix_tokens:
+    if mask is not None:
+        is_real = F.pad(mask, (num_prefix_tokens, 0)).reshape(x.shape[0], *sizes(x, layout))
+        factor = torch.where(is_real.unsqueeze(1 if layout == "b c ..." else -1), factor, 1)
+    elif num_prefix_tokens:
         is_position = torch.arange(x.shape[1], device=x.device) >= num_prefix_tokens
         factor = torch.where(is_position[:, None], factor, 1)
     return factor
 
 
-def scale(x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
-    """`x · factor` with one factor per channel (`b c`); dtype, strides and prefix tokens stay those of `x`.
+def scale(x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int = 0, mask: Tensor | None = None) -> Tensor:
+    """`x · factor` with one factor per channel (`b c`); dtype, strides, prefix tokens and what is masked stay those of `x`.
 
     The product is rounded once. A factor near 1 would become 1 if it were cast to bfloat16 before the product.
     """
-    return (x * spread(factor, x, layout, num_prefix_tokens)).to(x.dtype)
+    return (x * spread(factor, x, layout, num_prefix_tokens, mask)).to(x.dtype)

@@ -88,7 +88,8 @@ class Foreign(Refines, nn.Module):
         layout, num_prefix_tokens: as `MFA` takes them.
 
     Shape: x of the layout -> y, same shape and dtype. What the module reads is a map `b c h w`, see `as_map`.
-    Raises: ValueError, TypeError: an unknown name, a module that gives another shape, or features of another layout or width.
+    Raises: ValueError, TypeError: an unknown name, a module that gives another shape, features of another layout or width, or
+        a mask, which only the paper's attention takes.
     Differs: none of it is in the paper.
     """
 
@@ -109,8 +110,10 @@ class Foreign(Refines, nn.Module):
         self.module = made(attention, channels).to(device=device, dtype=dtype)
         self.strength = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: None = None) -> Tensor:
         """The features x, refined as far as the strength goes; while disabled, x itself."""
+        if mask is not None:
+            raise ValueError(f"the attention {self.name!r} takes no mask, it reads whole maps: leave it out, or use MFA.")
         if not self.enabled:
             return x
         check_features("Foreign", x, self.channels, self.layout, self.num_prefix_tokens)

@@ -1,22 +1,51 @@
-"""Multi-branch fusion attention (MFA), Fig. 2 of arXiv:2412.01248: HIFA, CLIA and the gate that they share."""
+"""Multi-branch fusion attention (MFA), Fig. 2 of arXiv:2412.01248: HIFA, CLIA and the gate that they share.
 
+The linear maps are plain `nn.Linear` modules, whose weights the equations take. What other tools make of one (quantised,
+pruned, with adapters, hooks or a forward of its own) is called instead.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from drifa_attn import functional, ops
 from drifa_attn.checks import Init, check_init, count
 from drifa_attn.functional import Linear, Statistics
-from drifa_attn.layout import Layout, Place, check_features, check_layout, positions
+from drifa_attn.layout import Layout, Place, check_features, check_layout, checked_mask, flat_mask, positions
 
 from .refines import Refines, Spec
 from .start import check_samples, fit_, fit_statistics_, fit_vectors_, glorot_, is_start, reduced_width, start_, wide
 
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # Tensor: the weights of a replica, or of torch.func.functional_call
+
 
 def pair(linear: Any) -> Any:
-    """The weight and bias of a linear map, as `functional` takes them; None for None."""
-    return None if linear is None else (linear.weight, linear.bias)
+    """A linear map as `functional` takes it: weight and bias of a plain `nn.Linear`, anything else itself; None for None."""
+    if type(linear) is not nn.Linear or is_changed(linear):
+        return linear
+    weight, bias = linear.weight, linear.bias
+    return (weight, bias) if type(weight) in PLAIN and type(bias) in PLAIN else linear
+
+
+def is_changed(linear: nn.Linear) -> bool:
+    """Whether something hangs on a module that only a call of it runs."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return bool(hooks) or linear.forward != nn.Linear.forward.__get__(linear)  # so compared, the compiler guards on it
+
+
+def must_call(maps: Mapping[str, nn.Module | None]) -> str | None:
+    """The first of these linear maps that must be called, and what it is, in words; None if all are plain."""
+    for name, linear in maps.items():
+        if not callable(pair(linear)):
+            continue
+        if type(linear) is not nn.Linear:
+            return f"{name} is a {type(linear).__module__}.{type(linear).__qualname__}, which must be called"
+        what = "hooks or a forward of its own" if is_changed(linear) else "no bias, or weights of another kind"
+        return f"{name} is a Linear with {what}, which must be called"
+    return None
 
 
 def add_statistics(layer: nn.Module, width: int, init: Init, **factory: Any) -> None:
@@ -37,6 +66,8 @@ def unfitted(layer: Any) -> Statistics:
     owner, buffers = type(layer).__name__, statistics(layer)
     if buffers is None:
         raise ValueError(f'{owner}.calibrate expected init="identity", got "paper": build the layer with the identity start.')
+    if reason := layer.must_call():
+        raise ValueError(f"{owner}.calibrate expected plain nn.Linear maps, but {reason}: calibrate first, then change it.")
     if not layer.is_start():
         raise ValueError(f"{owner}.calibrate expected a layer at its start, got one whose gain is not one: build a new one.")
     return buffers
@@ -53,9 +84,11 @@ class HIFA(nn.Module):
     Args:
         channels: channels of the input, >= 1.
 
-    Shape: x `b c ...` -> G `b c`, float32 at least, in (0, 1); at least one position.
-    Raises: ValueError, TypeError: the input has other channels, no position, or is not a floating-point tensor.
-    Differs: none.
+    Shape: x `b c ...`, mask `b n` or as the positions of x, True where one is real -> G `b c`, float32 at least, in (0, 1); at
+        least one position.
+    Raises: ValueError, TypeError: the input has other channels, no position, or is not a floating-point tensor, or a mask that
+        does not fit it.
+    Differs: `mask` is not in the paper; None is the paper.
     """
 
     def __init__(self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -76,22 +109,24 @@ class HIFA(nn.Module):
         """The weights in the order `functional.hifa` takes them."""
         return pair(self.conv1), pair(self.conv2), pair(self.conv3), pair(self.conv4), pair(self.dense)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The global information G `b c` of features x `b c ...`."""
         check_features("HIFA", x, self.channels, "b c ...")
+        mask = checked_mask("HIFA", mask, x, "b c ...")
         with functional.without_autocast(x):
-            return functional.hifa(positions(x, "b c ..."), *self.weights())
+            return functional.hifa(positions(x, "b c ..."), *self.weights(), mask=mask)
 
-    def calibrate(self, x: Tensor) -> Tensor:
+    def calibrate(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Fit each map to what it reads, one after another, for features `b c n`; the information G `b c` afterwards."""
-        h1 = fit_(self.conv1, x).sigmoid_()
-        h2 = fit_(self.conv2, h1).sigmoid_()
-        u = functional.pool_mean(h1) + functional.pool_max(h2)
-        h3 = fit_(self.conv3, h1.add_(h2)).sigmoid_()
+        conv1, conv2, conv3, conv4, dense = self.weights()
+        h1 = fit_(conv1, x, mask).sigmoid_()
+        h2 = fit_(conv2, h1, mask).sigmoid_()
+        u = functional.pool_mean(h1, mask) + functional.pool_max(h2, mask)
+        h3 = fit_(conv3, h1.add_(h2), mask).sigmoid_()
         del h1, h2
-        h4 = fit_(self.conv4, h3).sigmoid_()
-        v = functional.pool_mean(h3) + functional.pool_max(h4)
-        return fit_vectors_(self.dense, torch.cat([u, v], dim=1)).sigmoid()
+        h4 = fit_(conv4, h3, mask).sigmoid_()
+        v = functional.pool_mean(h3, mask) + functional.pool_max(h4, mask)
+        return fit_vectors_(dense, torch.cat([u, v], dim=1)).sigmoid()
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
@@ -105,9 +140,11 @@ class CLIA(nn.Module):
     Args:
         channels: channels of the input, >= 1.
 
-    Shape: x `b c ...` -> L `b c`, float32 at least, in (0, 2); at least one position.
-    Raises: ValueError, TypeError: the input has other channels, no position, or is not a floating-point tensor.
-    Differs: none.
+    Shape: x `b c ...`, mask `b n` or as the positions of x, True where one is real -> L `b c`, float32 at least, in (0, 2); at
+        least one position.
+    Raises: ValueError, TypeError: the input has other channels, no position, or is not a floating-point tensor, or a mask that
+        does not fit it.
+    Differs: `mask` is not in the paper; None is the paper.
     """
 
     def __init__(self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -125,16 +162,18 @@ class CLIA(nn.Module):
         """The weights in the order `functional.clia` takes them."""
         return pair(self.conv1), pair(self.conv2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The local information L `b c` of features x `b c ...`."""
         check_features("CLIA", x, self.channels, "b c ...")
+        mask = checked_mask("CLIA", mask, x, "b c ...")
         with functional.without_autocast(x):
-            return functional.clia(positions(x, "b c ..."), *self.weights())
+            return functional.clia(positions(x, "b c ..."), *self.weights(), mask=mask)
 
-    def calibrate(self, x: Tensor) -> Tensor:
+    def calibrate(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Fit each map to what it reads, one after another, for features `b c n`; the information L `b c` afterwards."""
-        p = functional.pool_mean(fit_(self.conv1, x).sigmoid_())
-        return p + fit_vectors_(self.conv2, p).sigmoid()
+        conv1, conv2 = self.weights()
+        p = functional.pool_mean(fit_(conv1, x, mask).sigmoid_(), mask)
+        return p + fit_vectors_(conv2, p).sigmoid()
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
@@ -160,9 +199,13 @@ class MFA(Refines, nn.Module):
         num_prefix_tokens: leading tokens of a `b n c` input that are left out of the pooling and pass unchanged, >= 0.
 
     Shape: x of the layout -> y, same shape, dtype, memory format and strides; at least one position; the batch may be empty.
-    Raises: ValueError, TypeError: an argument out of its range, or an input of another layout, width or kind.
-    Differs: `reduction`, `init="identity"`, `layout` and `num_prefix_tokens` are not in the paper; the defaults do not use
-        them. The released notebooks call the layer DeeperGlobalLocalAttentionLayer1.
+        mask, boolean, `b n` over the positions behind the prefix tokens, or `b` and their sizes, such as `b h w`: what is False
+        (padding) takes no part in any pooling, whatever it holds, and passes unchanged bit for bit, as if it were cut off. A
+        sample without a True passes unchanged.
+    Raises: ValueError, TypeError: an argument out of its range, an input of another layout, width or kind, or a mask that does
+        not fit it.
+    Differs: `reduction`, `init="identity"`, `layout`, `num_prefix_tokens` and `mask` are not in the paper; the defaults do not
+        use them. The released notebooks call the layer DeeperGlobalLocalAttentionLayer1.
     """
 
     def __init__(
@@ -207,52 +250,66 @@ class MFA(Refines, nn.Module):
         return [self.alpha], [self.global_scale, self.local_scale], [] if self.expand is None else [self.expand]
 
     def is_start(self) -> bool:
-        """Whether the gain is still exactly one by the identity start."""
-        return is_start(self.init, *self.gating())
+        """Whether the gain is still exactly one by the identity start; False where `expand` must be called: none can tell."""
+        return not callable(pair(self.expand)) and is_start(self.init, *self.gating())
+
+    def must_call(self) -> str | None:
+        """The first linear map that is no plain `nn.Linear`, in words: it is called, and no fused operator can take it."""
+        maps = {"squeeze": self.squeeze, "expand": self.expand}
+        for name, part in (("hifa", self.hifa), ("clia", self.clia)):
+            maps |= {f"{name}.{child}": linear for child, linear in part.named_children()}  # type: ignore[misc]
+        return must_call(maps)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
-        """Fit the maps and the four buffers, in place, to features x of at least 16 samples.
+    def calibrate(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Fit the maps and the four buffers, in place, to features x of at least 16 samples, at the positions of a mask.
 
         Every map is scaled and shifted until what it gives for x has mean zero and deviation 1 (`squeeze`) or 1.5 (the others)
         in each channel. What decides the gain is not touched.
 
-        Raises: ValueError, TypeError: fewer samples, paper init, a layer that has left its start, or features that `forward`
-            does not take.
+        Raises: ValueError, TypeError: fewer samples, paper init, a layer that has left its start, a linear map that is no plain
+            `nn.Linear`, or features that `forward` does not take.
         """
         check_features("MFA.calibrate", x, self.channels, self.layout, self.num_prefix_tokens)
-        check_samples("MFA.calibrate", x.shape[0])
+        mask = checked_mask("MFA.calibrate", mask, x, self.layout, self.num_prefix_tokens)
+        z = positions(x, self.layout, self.num_prefix_tokens)
+        if mask is not None:
+            some = mask.any(1)
+            z, mask = functional.as_map(z, mask)[some], mask[some]
+        check_samples("MFA.calibrate", z.shape[0])
         buffers = unfitted(self)
         with functional.without_autocast(x):
-            z = wide(positions(x, self.layout, self.num_prefix_tokens))
-            z = z if self.squeeze is None else fit_(self.squeeze, z, deviation=1)
-            fit_statistics_(buffers, self.hifa.calibrate(z), self.clia.calibrate(z))
+            z = wide(z)
+            z = z if self.squeeze is None else fit_(pair(self.squeeze), z, mask, deviation=1)
+            fit_statistics_(buffers, self.hifa.calibrate(z, mask), self.clia.calibrate(z, mask))
 
-    def gates(self, x: Tensor) -> Tensor:
+    def gates(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The gate a `b c` of features x, in (0, 1), float32 at least."""
-        return self.attend(x)[0]
+        return self.attend(x, mask)[0]
 
-    def gains(self, x: Tensor) -> Tensor:
-        """The factor of each channel, `b c`, for features x: `a · alpha`."""
-        return functional.gain(self.gates(x), self.alpha)
+    def gains(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The factor of each channel, `b c`, for features x: `a · alpha`; one for a sample without a True in its mask."""
+        factor = functional.gain(self.gates(x, mask), self.alpha)
+        return factor if mask is None else torch.where(flat_mask(mask).any(1, keepdim=True), factor, 1)
 
-    def attend(self, x: Tensor) -> tuple[Tensor, bool]:
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, bool]:
         """The gate of features x, and whether a fused operator runs for them: the one choice of a forward."""
         hifa, clia = self.hifa.weights(), self.clia.weights()
-        maps = {"squeeze": pair(self.squeeze), "expand": pair(self.expand), "statistics": statistics(self)}
+        squeeze, expand, measured = pair(self.squeeze), pair(self.expand), statistics(self)
         check_features("MFA", x, self.channels, self.layout, self.num_prefix_tokens)
+        mask = checked_mask("MFA", mask, x, self.layout, self.num_prefix_tokens)
         z = positions(x, self.layout, self.num_prefix_tokens)
-        fused = ops.is_fused(z, self.local_scale.shape[0])
-        scales = self.global_scale, self.local_scale
-        return ops.mfa(z, hifa, clia, *scales, **maps, fused=fused), fused
+        fused = ops.is_fused(z, self.local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
+        weights = hifa, clia, self.global_scale, self.local_scale
+        return ops.mfa(z, *weights, squeeze=squeeze, expand=expand, statistics=measured, mask=mask, fused=fused), fused
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The features x, each channel multiplied by its gain; while disabled, x itself."""
         if not self.enabled:
             return x
-        a, fused = self.attend(x)
+        a, fused = self.attend(x, mask)
         factor = functional.gain(a, self.alpha)
-        return ops.gate(x, factor, self.layout, self.num_prefix_tokens, fused=fused)
+        return ops.gate(x, factor, self.layout, self.num_prefix_tokens, mask=mask, fused=fused)
 
     def spec(self) -> Spec:
         """The reduction and the start; the place gives the rest."""

@@ -45,6 +45,10 @@ class Refines:
         """Whether the layer still passes on what it is given, bit for bit, because training has not moved it yet."""
         raise NotImplementedError(f"{type(self).__name__} does not know its start.")
 
+    def must_call(self) -> str | None:
+        """Which linear map of the layer must be called, since another tool changed it, in words; None where none must."""
+        return None
+
     def calibrate(self, *inputs: Any) -> None:
         """Fit the layer, at its start, to the features that `forward` takes; layers without a `calibrate` have none to fit."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to calibrate.")

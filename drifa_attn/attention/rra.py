@@ -41,6 +41,7 @@ class RRA(nn.Module):
         reduction, init: of the two MFAs.
 
     Shape: x `b in_channels h w` -> `b out_channels ceil(h / stride) ceil(w / stride)`.
+        It takes no mask, for its convolutions mix positions.
     Raises: ValueError: an argument out of its range, or an input that is not `b in_channels h w`.
     Differs: the running variance is unbiased, as in PyTorch (the released layers store the biased one). The released notebooks
         call the block RGSA.

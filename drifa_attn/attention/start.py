@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from drifa_attn.checks import Init, count
-from drifa_attn.functional import Statistics, lin
+from drifa_attn.functional import Linear, Statistics, lin
 
 SMALLEST_WIDTH = 8
 SMALLEST_SPREAD = 1e-4  # a channel that hardly differs between samples is not enlarged without limit
@@ -76,22 +76,26 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def fit_(linear: nn.Linear, x: Tensor, deviation: float = BEFORE_SIGMOID) -> Tensor:
+def fit_(linear: Linear, x: Tensor, mask: Tensor | None = None, deviation: float = BEFORE_SIGMOID) -> Tensor:
     """Scale and shift a linear map, in place, so that each channel of `lin(linear, x)` has mean zero and this deviation.
 
-    Layer-sequential unit variance (arXiv:1511.06422), here also with a mean of zero, over samples and positions.
+    Layer-sequential unit variance (arXiv:1511.06422), here also with a mean of zero, over samples and the positions of a mask.
 
-    Shape: x `b c n` -> the new outputs `b d n`.
+    Shape: x `b c n`, mask `b n` -> the new outputs `b d n`.
+    Raises: ValueError: a map that must be called has no weight that could be scaled.
     """
-    y = lin(x, (linear.weight, linear.bias))
-    spread, center = torch.std_mean(y, (0, 2), correction=0)
+    if callable(linear):
+        raise ValueError(f"calibrate expected a plain nn.Linear, got a changed {type(linear).__name__}: calibrate before that.")
+    weight, bias = linear
+    y = lin(x, linear)
+    spread, center = torch.std_mean(y, (0, 2), correction=0) if mask is None else torch.std_mean(y.mT[mask], 0, correction=0)
     factor = deviation / spread.clamp(min=SMALLEST_SPREAD)
-    linear.weight.copy_(linear.weight * factor[:, None])
-    linear.bias.copy_((linear.bias - center) * factor)
+    weight.copy_(weight * factor[:, None])
+    bias.copy_((bias - center) * factor)
     return (y - center[:, None]).mul_(factor[:, None])
 
 
-def fit_vectors_(linear: nn.Linear, v: Tensor) -> Tensor:
+def fit_vectors_(linear: Linear, v: Tensor) -> Tensor:
     """The same for pooled vectors: `b c -> b d`."""
     return fit_(linear, v[..., None])[..., 0]
 

@@ -8,7 +8,7 @@ tensors, so it is never part of a compiled graph. This file imports no triton, s
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from drifa_attn.functional import Linear, Masks
 from drifa_attn.layout import positions
 
 from . import chunked
@@ -53,7 +54,7 @@ def use(mode: Mode) -> Iterator[None]:
 
     Args:
         mode: "auto" chooses by measured rules (`explain` tells what and why). "reference" runs the equations of `functional`.
-            "fused" always runs a fused operator: Triton's where it can run, else the chunked one.
+            "fused" runs a fused operator wherever one can: Triton's where it can run, else the chunked one.
 
     Raises: ValueError: another mode.
     """
@@ -78,21 +79,36 @@ class Choice(NamedTuple):
 Features = Tensor | Sequence[Tensor]  # `b c n` for MFA, or a list of them, one per modality, for MIFA
 
 
-def is_fused(x: Features, width: int) -> bool:
-    """Whether a fused operator runs for these features, see `reference_reason`: the one choice that a forward makes."""
-    return reference_reason(x, width) is None
+def is_fused(x: Features, width: int, linears: Iterable[Linear | None] = (), mask: Tensor | Masks = None) -> bool:
+    """Whether a fused operator runs for these features, see `reference_reason`: the one choice that a forward makes.
+
+    It declines linear maps that must be called, and masks.
+    """
+    return reference_reason(x, width, refusal(linears, mask)) is None
 
 
-def reference_reason(x: Features, width: int) -> str | None:
+def refusal(linears: Iterable[Linear | None] = (), mask: Tensor | Masks = None) -> str | None:
+    """Why no fused operator can take these linear maps or this mask, or None."""
+    if any(callable(linear) for linear in linears):
+        return "a linear map must be called"
+    if mask is not None and (isinstance(mask, Tensor) or any(one is not None for one in mask)):
+        return "a mask is given, and the fused operators pool over every position"
+    return None
+
+
+def reference_reason(x: Features, width: int, refused: str | None = None) -> str | None:
     """Why the reference equations run for these features, or None if a fused operator runs; the largest modality decides.
 
-    Shape: x `b c n`, or a list of m features `b c_i n_i`. `width` is the width that attention works at.
+    Shape: x `b c n`, or a list of m features `b c_i n_i`. `width` is the width that attention works at. `refused` is what
+        `refusal` answered.
     """
     mode = _State.mode
     if mode == "reference":
         return "the mode is reference"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "a traced or ONNX graph cannot contain the fused operators"
+    if refused:
+        return refused
     if mode == "fused":
         return None
     if isinstance(x, Tensor):
@@ -239,9 +255,9 @@ def largest(xs: Sequence[Tensor]) -> Tensor:
     return max(xs, key=lambda x: x.shape[1] * x.shape[2])
 
 
-def choose(x: Features, width: int) -> Choice:
-    """The implementation for the pooled vectors of these features, and the reason."""
-    reason = reference_reason(x, width)
+def choose(x: Features, width: int, refused: str | None = None) -> Choice:
+    """The implementation for the pooled vectors of these features, and the reason; see `reference_reason`."""
+    reason = reference_reason(x, width, refused)
     if reason:
         return Choice("reference", reason)
     x = x if isinstance(x, Tensor) else largest(x)
@@ -251,12 +267,13 @@ def choose(x: Features, width: int) -> Choice:
     return Choice(path, reason if _State.mode == "auto" else f"the mode is fused; {reason}")
 
 
-def explain(layer: Any, x: Any) -> Choice:
+def explain(layer: Any, x: Any, mask: Tensor | Masks = None) -> Choice:
     """Which implementation a layer runs for an input, and why.
 
     Args:
         layer: an `MFA` or `MIFA`.
         x: what its forward takes: features, or for a `MIFA` a list of them.
+        mask: what its forward takes.
 
     Raises: TypeError: another layer.
     """
@@ -267,4 +284,4 @@ def explain(layer: Any, x: Any) -> Choice:
         features = positions(x, layer.layout, layer.num_prefix_tokens)
     else:
         raise TypeError(f"ops.explain expected an MFA or MIFA, got {type(layer).__name__}: pass one that it contains.")
-    return choose(features, layer.local_scale.shape[0])
+    return choose(features, layer.local_scale.shape[0], layer.must_call() or refusal(mask=mask))

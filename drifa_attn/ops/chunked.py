@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from drifa_attn.functional import Linear, map_dtype, vector_dtype
+from drifa_attn.functional import Pair, map_dtype, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
@@ -163,7 +163,7 @@ class Product:
         else:
             self.grads = [weight.to(vector_dtype(weight)), bias.to(vector_dtype(bias))]
 
-    def result(self) -> Linear:
+    def result(self) -> Pair:
         """The gradients in the dtypes of weight and bias."""
         if not self.grads:  # an empty batch
             return torch.zeros_like(self.weight), torch.zeros_like(self.bias)

@@ -6,14 +6,14 @@ backend. Autocast does not reach its dtypes. A backward pass cannot be different
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
 from drifa_attn import functional
-from drifa_attn.functional import Linear, Statistics, vector_dtype
+from drifa_attn.functional import Linear, Masks, Pair, Statistics, vector_dtype
 from drifa_attn.layout import Layout, positions, scale
 
 from . import flops
@@ -37,18 +37,21 @@ def mfa(
     squeeze: Linear | None = None,
     expand: Linear | None = None,
     statistics: Statistics | None = None,
+    mask: Tensor | None = None,
     fused: bool | None = None,
 ) -> Tensor:
     """The gate of MFA by the reference equations or by a fused operator: `functional.mfa`, with one argument more.
 
-    `fused` is what `is_fused` answered for x; None asks it.
+    `fused` is what `is_fused` answered for x, the linear maps and the mask; None asks it.
     """
-    if not (is_fused(x, local_scale.shape[0]) if fused is None else fused):
+    if fused is None:
+        fused = is_fused(x, local_scale.shape[0], [*hifa_weights, *clia_weights, squeeze, expand], mask)
+    if not fused:
         weights = hifa_weights, clia_weights, global_scale, local_scale
-        return functional.mfa(x, *weights, squeeze=squeeze, expand=expand, statistics=statistics)
+        return functional.mfa(x, *weights, squeeze=squeeze, expand=expand, statistics=statistics, mask=mask)
     *convs, hifa_dense = hifa_weights
     clia_conv, clia_dense = clia_weights
-    h1, h2, h3, h4, p = mfa_stats(x, [*convs, clia_conv], squeeze).unbind(0)
+    h1, h2, h3, h4, p = mfa_stats(x, cast(Any, [*convs, clia_conv]), cast(Any, squeeze)).unbind(0)  # pairs: it is fused
     with functional.without_autocast(x):
         global_info = functional.hifa_info(h1, h2, h3, h4, hifa_dense)
         local_info = functional.clia_info(p, clia_dense)
@@ -63,6 +66,7 @@ def mifa(
     local_scale: Tensor,
     *,
     present: Tensor | None = None,
+    mask: Masks = None,
     squeezes: Sequence[Linear] | None = None,
     expands: Sequence[Linear] | None = None,
     statistics: Statistics | None = None,
@@ -70,14 +74,18 @@ def mifa(
 ) -> list[Tensor]:
     """The gates of MIFA by the reference equations or by a fused operator: `functional.mifa`, with one argument more.
 
-    `fused` is what `is_fused` answered for xs; None asks it.
+    `fused` is what `is_fused` answered for xs, the linear maps and the mask; None asks it.
     """
-    if not (is_fused(xs, local_scale.shape[0]) if fused is None else fused):
+    if fused is None:
+        fused = is_fused(xs, local_scale.shape[0], [mgifa_dense, *mlifa_convs, *(squeezes or ()), *(expands or ())], mask)
+    if not fused:
         weights = (mgifa_dense, mlifa_convs, global_scale, local_scale)
-        return functional.mifa(xs, *weights, present=present, squeezes=squeezes, expands=expands, statistics=statistics)
+        wide: dict[str, Any] = {"squeezes": squeezes, "expands": expands}
+        return functional.mifa(xs, *weights, present=present, mask=mask, **wide, statistics=statistics)
     masks: Sequence[Tensor | None] = [None] * len(xs) if present is None else present.unbind(1)
     maps: Sequence[Linear | None] = [None] * len(xs) if squeezes is None else squeezes
-    pools = torch.stack([mifa_stats(*part) for part in zip(xs, mlifa_convs, maps, masks, strict=True)])  # m (2 r) b d
+    parts: Any = zip(xs, mlifa_convs, maps, masks, strict=True)  # pairs: it is fused
+    pools = torch.stack([mifa_stats(*part) for part in parts])  # m (2 r) b d
     with functional.without_autocast(xs[0]):
         if present is not None:
             pools = torch.where(rearrange(present, "b m -> m 1 b 1"), pools, 0)
@@ -89,22 +97,28 @@ def mifa(
 
 
 def gate(
-    x: Tensor, factor: Tensor, layout: Layout = "b c ...", num_prefix_tokens: int = 0, *, fused: bool | None = None
+    x: Tensor,
+    factor: Tensor,
+    layout: Layout = "b c ...",
+    num_prefix_tokens: int = 0,
+    *,
+    mask: Tensor | None = None,
+    fused: bool | None = None,
 ) -> Tensor:
     """`x · factor` with one factor per channel; the fused operator keeps no map of products for backward.
 
-    `fused` is what `is_fused` answered for the forward that this product belongs to; None asks it for x.
+    `fused` is what `is_fused` answered for the forward that this product belongs to; None asks it for x and the mask.
 
-    Shape: x of the layout, factor `b c`, float32 at least -> as x: same dtype and strides, prefix tokens unchanged. The product
-        is rounded once.
-    Differs: the paper has no prefix tokens.
+    Shape: x of the layout, factor `b c`, float32 at least, mask `b n` -> as x: same dtype and strides; prefix tokens, and what
+        is False in the mask, unchanged. The product is rounded once.
+    Differs: the paper has no prefix tokens and no mask.
     """
     if fused is None:
-        fused = is_fused(positions(x, layout), factor.shape[1])
-    return gate_op(x, factor, layout, num_prefix_tokens) if fused else scale(x, factor, layout, num_prefix_tokens)
+        fused = is_fused(positions(x, layout), factor.shape[1], mask=mask)
+    return gate_op(x, factor, layout, num_prefix_tokens) if fused else scale(x, factor, layout, num_prefix_tokens, mask)
 
 
-def mfa_stats(x: Tensor, weights: Sequence[Linear], squeeze: Linear | None = None) -> Tensor:
+def mfa_stats(x: Tensor, weights: Sequence[Pair], squeeze: Pair | None = None) -> Tensor:
     """The five pooled maps of HIFA and CLIA (Fig. 2): mean h1, max h2, mean h3, max h4, and the mean of CLIA's map.
 
     Args:
@@ -119,7 +133,7 @@ def mfa_stats(x: Tensor, weights: Sequence[Linear], squeeze: Linear | None = Non
     return call(mfa_stats_op, x, list(w), list(b), *(squeeze or (None, None)), torch.is_grad_enabled())[0]
 
 
-def mifa_stats(x: Tensor, conv: Linear, squeeze: Linear | None = None, present: Tensor | None = None) -> Tensor:
+def mifa_stats(x: Tensor, conv: Pair, squeeze: Pair | None = None, present: Tensor | None = None) -> Tensor:
     """The poolings of one modality of MIFA (Fig. 3): min, mean, max of z, then of `t = σ(lin(conv, z))`.
 
     Args:

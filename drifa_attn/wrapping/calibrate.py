@@ -36,8 +36,9 @@ def calibrate(model: Network, batch: Any, present: Tensor | None = None) -> Netw
             for a fused network {modality: tensor}. A batch of training data without augmentation is best.
         present: of a fused network, `b m`, which sample has which modality; only what is present counts.
 
-    Raises: ValueError: no attention, none that can be calibrated, attention that has left its start or that this batch does not
-        reach, fewer than 16 samples, features that are not finite, or a parallel network. The network is then untouched.
+    Raises: ValueError: no attention, none that can be calibrated, attention that has left its start, whose linear maps another
+        tool has changed (quantised, pruned, with adapters or hooks), or that this batch does not reach, fewer than 16 samples,
+        features that are not finite, or a parallel network. The network is then untouched.
     Differs: calibration is not in the paper. It folds layer-sequential unit variance (arXiv:1511.06422) into the weights.
     """
     check_whole(model)
@@ -81,6 +82,11 @@ def calibrated(model: nn.Module) -> dict[str, Any]:
     if not layers:
         kinds = sorted({type(layer).__name__ for layer in held.values()})
         raise ValueError(f"{type(model).__name__} holds no attention that can be calibrated, only {', '.join(kinds)}.")
+    for name, layer in layers.items():
+        if reason := layer.must_call():
+            raise ValueError(
+                f"calibrate expected plain nn.Linear maps at {name!r}, but {reason}: calibrate first, then change it."
+            )
     moved = [name for name, layer in layers.items() if not layer.is_start()]
     if moved:
         raise ValueError(

@@ -360,7 +360,7 @@ def test_a_choice_that_was_made_is_not_made_again(monkeypatch):
     mfa, mifa, x = MFA(8), MIFA(8), torch.randn(2, 8, 30)
     asked = []
     for module in (ops, operators):
-        monkeypatch.setattr(module, "is_fused", lambda x, width: bool(asked.append(width)))
+        monkeypatch.setattr(module, "is_fused", lambda x, width, *_, **__: bool(asked.append(width)))
     mfa(x)
     mifa([x, x])
     assert asked == [8, 8]
