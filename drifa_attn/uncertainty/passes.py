@@ -56,8 +56,11 @@ def called(name: str, model: nn.Module, call: Call) -> Any:
 
 
 def are_keywords(model: nn.Module, given: Any) -> bool:
-    """Whether this is a dict by names of parameters that the model's forward has."""
-    return isinstance(given, Mapping) and set(given) <= {*inspect.signature(model.forward).parameters}
+    """Whether this is a dict by names of parameters that the model's forward is known to have."""
+    try:
+        return isinstance(given, Mapping) and set(given) <= {*inspect.signature(model.forward).parameters}
+    except ValueError:  # a traced network has no signature
+        return False
 
 
 class Stream:

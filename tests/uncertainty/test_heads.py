@@ -256,12 +256,27 @@ def test_keyword_arguments_come_beside_inputs_or_alone(chunk):
     assert not torch.equal(one.probs, mc_dropout(model, X, 4, generator=seeded(), chunk=chunk).probs)
 
 
+class Unsigned:
+    """A forward as torch.jit.trace makes it."""
+
+    def __call__(self, *_):
+        raise RuntimeError("the network's own")
+
+    @property
+    def __signature__(self):
+        raise ValueError("no signature found")
+
+
 def test_a_dict_of_keywords_that_is_given_as_one_argument_is_told_so():
     message = r"mc_dropout gave the model one dict with \['features'\] .* and got TypeError: .* kwargs=\{\.\.\.\}"
     with pytest.raises(TypeError, match=message):
         mc_dropout(Bag(), {"features": X}, 3)
-    with pytest.raises(TypeError, match=r"linear\(\)"):  # not of parameters' names: the network's own error
+    with pytest.raises(TypeError, match=r"^linear\(\)"):  # not of parameters' names: the network's own error
         mc_dropout(Bag(), {"other": X}, 3)
+    traced = Bag()
+    traced.forward = Unsigned()
+    with pytest.raises(RuntimeError, match="the network's own"):
+        mc_dropout(traced, {"features": X}, 3)
     with pytest.raises(TypeError, match=r"mc_dropout expected kwargs as a dict \{parameter: value\}, got Tensor"):
         mc_dropout(Bag(), kwargs=X)
     with pytest.raises(TypeError, match=r"expected inputs as a tensor, .* or kwargs, got \(\)"):
