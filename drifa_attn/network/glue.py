@@ -212,6 +212,7 @@ class GlueTracer(fx.Tracer):
         """A proxy for a value, or the same nesting of proxies for its parts."""
         if value is None or isinstance(value, str):
             return value
+        value = tuple(value) if isinstance(value, torch.Size) else value  # a size holds numbers alone
         inside = parts(value)
         if not inside:
             return value if isinstance(value, tuple | list | dict) else ValueProxy(node, self, value)
