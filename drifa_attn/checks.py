@@ -15,7 +15,8 @@ KINDS = ("classes", "multilabel", "regression")
 def check_module(owner: str, model: Any) -> None:
     """Raise a `TypeError` unless `model` is a network."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner} expected an nn.Module, got {type(model).__name__}: build the network first.")
+        hint = f"timm.create_model({model!r}) builds one" if isinstance(model, str) else "build the network first"
+        raise TypeError(f"{owner} expected an nn.Module, got {type(model).__name__}: {hint}.")
 
 
 def count(owner: str, name: str, value: Any) -> int:

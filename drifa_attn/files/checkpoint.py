@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from drifa_attn.fusion import Fused
 from drifa_attn.wrapping.active import attentions
+from drifa_attn.wrapping.norms import moved, tracking
 from drifa_attn.wrapping.plan import check_backbone
 from drifa_attn.wrapping.training import classifier_names
 from drifa_attn.wrapping.wrap import Network
@@ -18,7 +19,7 @@ from .state import chosen_state, load_state
 
 
 def save_attention(
-    model: nn.Module, path: str | Path, *, classifier: bool | str | Sequence[str] = False, batch_norm: bool = False
+    model: nn.Module, path: str | Path, *, classifier: bool | str | Sequence[str] = False, batch_norm: bool | None = None
 ) -> None:
     """Write the attention of a network, and nothing else unless asked, as safetensors with its plan.
 
@@ -29,7 +30,10 @@ def save_attention(
         path: of the file.
         classifier: True adds the classifier that a timm network states; or name the modules to add, such as a branch of a fused
             network that was trained from its start, "branches.record".
-        batch_norm: True adds the running statistics of every batch norm, which training moves even when weights are frozen.
+        batch_norm: None adds the running statistics that moved since the network was wrapped, fused or loaded: training moves
+            them even where weights are frozen. True adds those of every batch norm, False none.
+
+    A network that is sharded (`fully_shard`) is gathered: every process calls this, and the first one writes.
 
     Raises: ValueError: the network holds no attention, or has no such classifier.
     """
@@ -39,9 +43,10 @@ def save_attention(
     if not isinstance(model, Fused) and any(isinstance(module, Fused) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has a fused network inside: save the attention of that.")
     names = classifier_names(model, classifier)
-    plan = {"network": type(model).__name__, "classifier": names, "batch_norm": batch_norm}
+    norms = moved(model) if batch_norm is None else list(tracking(model)) if batch_norm else []
+    plan: dict[str, Any] = {"network": type(model).__name__, "classifier": names, "batch_norm": norms}
     plan |= {"fused": fused_recipe(model)} if isinstance(model, Fused) else wrapped_recipe(model)
-    write(path, plan, chosen_state(model, names, batch_norm))
+    write(path, plan, chosen_state(model, names, norms))
 
 
 @overload
@@ -87,7 +92,7 @@ def load_attention(backbone: Any, path: str | Path, *, attention: Factory | None
     if ("fused" in plan) != isinstance(backbone, Mapping):
         expected = f"{{modality: network}} of {list(plan['fused']['branches'])}" if "fused" in plan else "one network"
         raise TypeError(f"{path} holds attention for {expected}, got {type(backbone).__name__}.")
-    held = {"modules": plan["classifier"], "batch_norm": plan["batch_norm"]}
+    held = {"modules": plan["classifier"], "norms": plan["batch_norm"]}
     if "fused" in plan:
         network: Any = fuse_again(backbone, plan["fused"], example_input or {}, factory=attention, tensors=tensors, **held)
     else:

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-FORMAT, VERSION = "drifa_attn", 3
+FORMAT, VERSION = "drifa_attn", 4
 
 
 def write(path: str | Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -15,7 +16,10 @@ def write(path: str | Path, plan: Mapping[str, Any], tensors: Mapping[str, Tenso
     from safetensors.torch import save_file  # a dependency of timm; importing the package does not need it
 
     written = json.dumps({"version": VERSION, **plan})
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {FORMAT: written})
+    is_sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+    whole = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()}
+    if not is_sharded or torch.distributed.get_rank() == 0:  # to gather takes every process, to write takes one
+        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, path, {FORMAT: written})
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -37,6 +41,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} has a plan that cannot be read ({type(error).__name__}: {error}): save it again.") from error
     if version != VERSION:
         raise ValueError(f"{path} is of version {version}, this drifa_attn reads version {VERSION}: use the one that wrote it.")
-    if not isinstance(plan.get("classifier"), list) or not ({"sites", "attention"} <= set(plan) or "fused" in plan):
+    lists = isinstance(plan.get("classifier"), list) and isinstance(plan.get("batch_norm"), list)
+    if not lists or not ({"sites", "attention"} <= set(plan) or "fused" in plan):
         raise ValueError(f"{path} has a plan without sites or branches: it was changed after save_attention wrote it.")
     return plan, tensors

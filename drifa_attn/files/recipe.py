@@ -71,7 +71,7 @@ def fuse_again(
     factory: Factory | None,
     tensors: Mapping[str, Tensor],
     modules: list[str],
-    batch_norm: bool,
+    norms: list[str],
 ) -> Fused:
     """Fuse networks as a file says; first their copies without memory, where any difference shows before one is touched."""
     if set(backbones) != set(recipe["branches"]):
@@ -79,7 +79,7 @@ def fuse_again(
     found = {name: checked_branch(backbones[name], name, recipe, inputs.get(name)) for name in recipe["branches"]}
     clones = {name: (real_clone if found[name].is_real else meta_clone)(backbones[name]) for name in recipe["branches"]}
     rehearsal = fused_once(clones, recipe, inputs, factory)
-    check_state(rehearsal, tensors, chosen_state(rehearsal, modules, batch_norm))
+    check_state(rehearsal, tensors, chosen_state(rehearsal, modules, norms))
     return fused_once({modality: backbones[modality] for modality in recipe["branches"]}, recipe, inputs, factory)
 
 

@@ -11,13 +11,14 @@ from drifa_attn.wrapping.inject import detach
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def chosen_state(model: nn.Module, modules: Sequence[str], batch_norm: bool) -> dict[str, Tensor]:
-    """The attention of a network and, if asked for, named modules and batch-norm statistics; a shared tensor only once."""
+def chosen_state(model: nn.Module, modules: Sequence[str], norms: Sequence[str]) -> dict[str, Tensor]:
+    """The attention of a network, named modules, and the statistics of named batch norms; a shared tensor only once."""
     added = {id(tensor) for part in added_parts(model) for tensor in part.state_dict(keep_vars=True).values()}
     chosen: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         is_asked_for = any(name.startswith(f"{module}.") for module in modules)
-        is_statistic = batch_norm and name.rpartition(".")[2] in STATISTICS
+        norm, _, last = name.rpartition(".")
+        is_statistic = last in STATISTICS and norm in norms
         if id(tensor) in added or is_asked_for or is_statistic:
             chosen.setdefault(id(tensor), (name, tensor.detach()))
     return dict(chosen.values())
@@ -42,11 +43,11 @@ def check_state(model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[
             )
 
 
-def load_state(model: nn.Module, tensors: Mapping[str, Tensor], modules: Sequence[str], batch_norm: bool) -> None:
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor], modules: Sequence[str], norms: Sequence[str]) -> None:
     """Load a file's tensors; if that fails, all weights go back and the attention that `wrap` put there is taken out."""
     before = [(tensor, tensor.clone()) for name, tensor in model.state_dict().items() if name in tensors]
     try:
-        check_state(model, tensors, chosen_state(model, modules, batch_norm))
+        check_state(model, tensors, chosen_state(model, modules, norms))
         model.load_state_dict(tensors, strict=False)
     except Exception:
         for tensor, value in before:

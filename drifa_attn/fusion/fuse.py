@@ -8,6 +8,7 @@ from torch import nn
 
 from drifa_attn.checks import check_mapping, count, number
 from drifa_attn.layout import Layout
+from drifa_attn.wrapping.norms import remember
 from drifa_attn.wrapping.plan import PARALLEL
 from drifa_attn.wrapping.selection import checked_layouts
 
@@ -103,6 +104,7 @@ def fuse(
     )
     for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more
         net.branches[name] = without_classifier(backbone, name, ends[name])
+    remember(net)
     return net
 
 

@@ -12,7 +12,7 @@ from drifa_attn.attention import Refines
 from drifa_attn.checks import check_module
 from drifa_attn.network.modes import eagerly, eval_mode
 
-from .inject import placed
+from .inject import PLACED, placed
 
 
 def attentions(model: nn.Module) -> dict[str, Any]:
@@ -24,11 +24,23 @@ def attentions(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, Refines) and id(module) not in within:
             found[name] = module
             within |= {id(inner) for inner in module.modules()}  # type: ignore[attr-defined]
+    check_run(model)
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no attention: drifa_attn.wrap(model) puts it there, drifa_attn.fuse builds with it."
         )
     return found
+
+
+def check_run(model: nn.Module) -> None:
+    """Raise where attention that `wrap` put into a network is still in it, and what ran it is gone."""
+    run = {id(inner) for _, attention in placed(model) for inner in attention.modules()}
+    for name, module in model.named_modules():
+        if PLACED in vars(module) and id(module) not in run:
+            raise ValueError(
+                f"{type(model).__name__} holds the attention {name!r}, which nothing runs any more: the module that carried it "
+                "was replaced, as SyncBatchNorm and frozen batch norms replace batch norms. Convert first, then wrap."
+            )
 
 
 @contextmanager

@@ -20,9 +20,12 @@ from drifa_attn.layout import Place, as_place
 from drifa_attn.network.site import Site
 from drifa_attn.trees import Path, holds, replace_tensor
 
+from .norms import forget, remember
+
 Step = Callable[[nn.Module, Any], Any]
 STEPS = "drifa_steps"  # the attribute of a module that lists the steps it carries
 CHILD = "drifa_attn"
+PLACED = "drifa_placed"  # an attribute of attention that `attach` put there
 
 
 class Carried:
@@ -164,11 +167,13 @@ def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec) -> None:
         owner = model.get_submodule(slot.owner)
         child = free_name(owner)
         owner.add_module(child, attention)
+        setattr(attention, PLACED, True)
         below = slot.owner.removeprefix(slot.carrier).removeprefix(".")
         beyond = slot.carrier.removeprefix(slot.module).removeprefix(".")
         place = Place(**as_place(slot))
         step = Refinement(f"{below}.{child}".removeprefix("."), beyond, slot.path, place, slot.folded, slot.name)
         carry(model.get_submodule(slot.carrier), step)
+    remember(model)
 
 
 def free_name(owner: nn.Module) -> str:
@@ -187,6 +192,7 @@ def detach(model: nn.Module) -> None:
             owner, _, child = step.child.rpartition(".")
             delattr(module.get_submodule(owner), child)
             release(module, step)
+    forget(model)
 
 
 def factory_kwargs(model: nn.Module, name: str) -> dict[str, Any]:

@@ -120,8 +120,14 @@ def check_network(model: Any, change: str = "wrap") -> None:
         raise ValueError(f"drifa_attn got a {type(model).__name__}: {change} the network first, then make it parallel.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"drifa_attn got a {type(model).__name__}: {change} the network first, then trace or script it.")
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            f"drifa_attn got a {type(model).__name__} with sharded weights: {change} the network first, then shard."
+        )
     for name, module in model.named_modules():
         where = f" at {name!r}" if name else ""
+        if "quantized" in type(module).__module__:
+            raise ValueError(f"drifa_attn got a quantised {type(module).__name__}{where}: {change} the network, then quantise.")
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(f"drifa_attn got a compiled network{where}: {change} it first, then compile it.")
         if parts := getattr(module, "drifa_parts", None):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from drifa_attn.layout import as_place
 from drifa_attn.network.blocks import CONTAINERS
@@ -122,11 +123,14 @@ def slot_of(model: nn.Module, site: Site, avoid: set[str]) -> Slot:
 
 
 def carrier_of(model: nn.Module, name: str) -> str:
-    """The module whose output is this module's output in any case: the last step of plain `Sequential`s, unless shared."""
+    """The module whose output is this module's output in any case: the last step of plain `Sequential`s, unless shared.
+
+    A batch norm at the end is left alone where there is something around it: others replace batch norms, and what they carry.
+    """
     module = model.get_submodule(name)
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         step, last = list(module._modules)[-1], module[-1]
-        if sum(other is last for _, other in model.named_modules(remove_duplicate=False)) != 1:
+        if sum(other is last for _, other in model.named_modules(remove_duplicate=False)) != 1 or isinstance(last, _BatchNorm):
             break
         name, module = f"{name}.{step}" if name else step, last
     return name
@@ -141,6 +145,7 @@ def owner_of(model: nn.Module, carrier: str, avoid: set[str]) -> str:
     within = [(name, inner) for name, inner in module.named_modules() if name]
     parents = [name for name, inner in within if next(inner.children(), None) is not None]
     leaves = [name for name, inner in within if next(inner.children(), None) is None]
+    leaves.sort(key=lambda name: isinstance(module.get_submodule(name), _BatchNorm))
     for name in ["", *parents, *leaves]:
         owner = f"{carrier}.{name}".strip(".")
         if owner not in avoid and not isinstance(model.get_submodule(owner), CONTAINERS):

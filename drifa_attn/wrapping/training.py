@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .active import attention_parameters, attentions
+from .norms import keep_in_eval
 from .wrap import Network
 
 Classifier = bool | str | Sequence[str]
@@ -33,13 +34,16 @@ def stated_classifier(model: nn.Module) -> str | Sequence[str] | None:
     return (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
 
 
-def freeze_backbone(model: Network, *, classifier: Classifier = True) -> Network:
+def freeze_backbone(model: Network, *, classifier: Classifier = True, batch_norm: bool = False) -> Network:
     """Let only the attention and the classifier take gradients; returns the network.
 
-    Batch norms go on collecting statistics in training mode, as everywhere in PyTorch.
+    Batch norms go on collecting statistics in training mode, as everywhere in PyTorch. `save_attention` writes those that
+    moved; `batch_norm=True` keeps them where they are instead.
 
     Args:
         model: a network that holds attention.
+        batch_norm: True keeps the batch norms that are frozen here in eval mode, through later calls of `train()` too; a later
+            call with False lets them follow `train()` again.
         classifier: True for the one that a timm network states, or the heads of a fused one; the name of a module, or several;
             or False to freeze it too.
 
@@ -50,6 +54,7 @@ def freeze_backbone(model: Network, *, classifier: Classifier = True) -> Network
         trained |= {id(parameter) for parameter in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+    keep_in_eval(model, enable=batch_norm)
     return model
 
 
