@@ -4,7 +4,7 @@ from . import functional, ops
 from .attention import CLIA, HIFA, MFA, MGIFA, MIFA, MLIFA, RRA
 from .files import load_attention, save_attention
 from .fusion import Fused, TaskLoss, fuse
-from .uncertainty import Uncertainty, add_dropout, ensemble, mc_dropout, remove_dropout
+from .uncertainty import RegressionUncertainty, Uncertainty, add_dropout, ensemble, mc_dropout, remove_dropout
 from .wrapping import (
     Plan,
     attention_parameters,
@@ -31,6 +31,7 @@ __all__ = [
     "RRA",
     "Fused",
     "Plan",
+    "RegressionUncertainty",
     "TaskLoss",
     "Uncertainty",
     "add_dropout",

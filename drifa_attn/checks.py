@@ -1,6 +1,6 @@
 """Checks of arguments, each with a message that says who expected what, what came, and what to do."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 Init = Literal["paper", "identity"]
+Kind = Literal["classes", "multilabel", "regression"]
+KINDS = ("classes", "multilabel", "regression")
 
 
 def check_module(owner: str, model: Any) -> None:
@@ -40,6 +42,24 @@ def check_init(owner: str, init: str) -> None:
     """Raise a `ValueError` unless `init` is one of the two starts."""
     if init not in ("paper", "identity"):
         raise ValueError(f'{owner} expected init "paper" or "identity", got {init!r}.')
+
+
+def check_kinds(owner: str, kinds: Any) -> None:
+    """Raise unless this is the kind of all heads, or a dict with the kinds of some."""
+    if not isinstance(kinds, str | Mapping):
+        raise TypeError(f"{owner} expected kinds as one of {KINDS}, or a dict of them by name, got {kinds!r:.80}.")
+    for kind in kinds.values() if isinstance(kinds, Mapping) else [kinds]:
+        if kind not in KINDS:
+            raise ValueError(f"{owner} expected each of kinds to be one of {KINDS}, got {kind!r}.")
+
+
+def kinds_of(owner: str, kinds: Kind | Mapping[Any, Kind], names: Collection[Any]) -> dict[Any, Kind]:
+    """The kind of every head by its name: one kind is that of all, and a head that a dict leaves out has classes."""
+    if isinstance(kinds, str):
+        return dict.fromkeys(names, kinds)
+    if unknown := [name for name in kinds if name not in names]:
+        raise ValueError(f"{owner} got kinds for {unknown}, but there are {list(names)}.")
+    return {name: kinds.get(name, "classes") for name in names}
 
 
 def per_modality(owner: str, name: str, value: Any, modalities: int) -> tuple[Any, ...]:

@@ -1,28 +1,54 @@
-"""Tensors within nested tuples, lists and dicts: find them, change them, follow a path to one.
+"""Tensors within nested tuples, lists, dicts, named tuples and dataclasses: find them, change them, follow a path to one.
 
-A path is the keys that lead to a tensor; of a tensor that stands alone it is empty.
+A path is the keys that lead to a tensor; of a tensor that stands alone it is empty. The key of a dataclass is a field's name.
 """
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Path = tuple[int | str, ...]
 
 
-def tensors_in(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
-    """Every tensor of nested tuples, lists and dicts, with the keys that lead to it."""
-    found: list[tuple[Path, Tensor]] = []
+def parts(tree: Any) -> dict[Any, Any]:
+    """What a nesting holds, by key; {} for what is no nesting."""
+    if isinstance(tree, Mapping):  # also a dataclass that is a dict, as the outputs of transformers are
+        return dict(tree.items())
+    if isinstance(tree, tuple | list):
+        return dict(enumerate(tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type | nn.Module):
+        return {field.name: getattr(tree, field.name, None) for field in dataclasses.fields(tree)}
+    return {}
+
+
+def rebuilt(tree: Any, changes: Mapping[Any, Any]) -> Any:
+    """A shallow copy of a nesting with other parts at these keys."""
+    if isinstance(tree, tuple | list):
+        items = [changes.get(key, value) for key, value in enumerate(tree)]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if type(tree) is dict:
+        return {**tree, **changes}
+    changed = copy.copy(tree)
+    for key, value in changes.items():
+        if isinstance(tree, Mapping):
+            changed[key] = value
+        else:
+            object.__setattr__(changed, key, value)  # the dataclass may be frozen
+    return changed
+
+
+def tensors_in(tree: Any, path: Path = (), within: tuple[int, ...] = ()) -> list[tuple[Path, Tensor]]:
+    """Every tensor of a nesting, with the keys that lead to it; what lies within itself is not entered again."""
     if isinstance(tree, Tensor):
         return [(path, tree)]
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, tuple | list) else ()
-    for key, value in pairs:
-        if isinstance(value, Tensor):
-            found.append(((*path, key), value))
-        elif isinstance(value, dict | tuple | list):
-            found += tensors_in(value, (*path, key))
+    if id(tree) in within:
+        return []
+    found = []
+    for key, value in parts(tree).items():
+        found += tensors_in(value, (*path, key), (*within, id(tree)))
     return found
 
 
@@ -30,26 +56,29 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The same nesting with `function` applied to every tensor."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, dict):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
-    return type(tree)(map_tensors(value, function) for value in tree) if isinstance(tree, tuple | list) else tree
+    changes = {key: map_tensors(value, function) for key, value in parts(tree).items()}
+    return rebuilt(tree, changes) if changes else tree
 
 
 def replace_tensor(tree: Any, path: Path, function: Callable[[Tensor], Tensor]) -> Any:
     """The same nesting with `function` applied to the tensor at `path`."""
     if not path:
         return function(tree)
-    key, rest = path[0], path[1:]
-    if isinstance(tree, dict):
-        changed = copy.copy(tree)
-        changed[key] = replace_tensor(tree[key], rest, function)
-        return changed
-    items = [replace_tensor(v, rest, function) if k == key else v for k, v in enumerate(tree)]
-    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return rebuilt(tree, {path[0]: replace_tensor(parts(tree)[path[0]], path[1:], function)})
+
+
+def holds(tree: Any, path: Path) -> bool:
+    """Whether there is a tensor at `path`."""
+    for key in path:
+        inside = parts(tree)
+        if key not in inside:
+            return False
+        tree = inside[key]
+    return isinstance(tree, Tensor)
 
 
 def at_path(tree: Any, path: Path) -> Tensor:
     """The tensor at `path`."""
     for key in path:
-        tree = tree[key]
+        tree = parts(tree)[key]
     return tree

@@ -98,15 +98,11 @@ def test_what_is_no_classifier_is_refused(classifier, tmp_path):
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
-        (
-            torch.randn(8, 4),
-            torch.rand(8, 4),
-            r"labels of task 't' as integer classes \(b,\) = \(8,\), got torch.float32 \(8, 4\)",
-        ),
-        (torch.randn(8, 4), torch.zeros(8, 4).long(), "soft or several labels need another loss"),
-        (torch.randn(8, 4), torch.zeros(7).long(), r"as integer classes \(b,\) = \(8,\), got torch.int64 \(7,\)"),
+        (torch.randn(8, 4), torch.rand(8, 4), r"labels of task 't' .* probabilities that sum to one"),
+        (torch.randn(8, 4), torch.zeros(8, 4).long(), r"or floating-point \(b, k\) = \(8, 4\), got torch.int64 \(8, 4\)"),
+        (torch.randn(8, 4), torch.zeros(7).long(), r"as integer classes \(b,\) = \(8,\) or .*, got torch.int64 \(7,\)"),
         (torch.randn(8, 4), torch.zeros(8).bool(), "got torch.bool"),
-        (torch.randn(8, 1), torch.rand(8), "k >= 2 of task 't', got torch.float32 .8, 1.: it is for classes"),
+        (torch.randn(8, 1), torch.rand(8), "k >= 2 of task 't' .classes., got torch.float32 .8, 1.: kinds="),
         (torch.zeros(8, 4).long(), torch.zeros(8).long(), "floating-point logits"),
         (torch.randn(8), torch.zeros(8).long(), "floating-point logits"),
     ],

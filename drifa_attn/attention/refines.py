@@ -27,9 +27,11 @@ class Refines:
 
     Attributes:
         enabled: False makes `forward` pass features on untouched. Set it on the layer; a compiled layer sees the change.
+        part: the group of `parameter_groups` that its weights belong to, "attention" or "head".
     """
 
     enabled: bool = True
+    part: str = "attention"
 
     def gates(self, *inputs: Any) -> Tensor | list[Tensor]:
         """The gates, `b c` per feature, in (0, 1), for what `forward` takes."""

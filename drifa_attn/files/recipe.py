@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from drifa_attn.attention import Spec
 from drifa_attn.fusion import Fused, fuse
 from drifa_attn.fusion.branches import surveyed
-from drifa_attn.network.copies import meta_clone
+from drifa_attn.network.copies import meta_clone, real_clone
+from drifa_attn.network.record import Survey
 from drifa_attn.network.site import Site
-from drifa_attn.network.survey import Survey, survey
+from drifa_attn.network.survey import survey
 from drifa_attn.wrapping.inject import attach, detach, placed, spec_of
 from drifa_attn.wrapping.rehearse import rehearse
 
@@ -59,7 +60,7 @@ def wrap_again(network: nn.Module, recipe: Mapping[str, Any], example_input: Any
     spec = Spec(**recipe["attention"], factory=factory)
     if factory is not None and ":" not in spec.name:
         raise ValueError(f"the file holds the attention {spec.name!r}, which needs no callable: leave attention= out.")
-    attach(network, rehearse(found, sites), spec)
+    attach(network, rehearse(found, sites, repeated=True), spec)
 
 
 def fuse_again(
@@ -75,23 +76,23 @@ def fuse_again(
     """Fuse networks as a file says; first their copies without memory, where any difference shows before one is touched."""
     if set(backbones) != set(recipe["branches"]):
         raise ValueError(f"the file holds a network of the modalities {list(recipe['branches'])}, got {list(backbones)}.")
-    for modality in recipe["branches"]:
-        check_branch(backbones[modality], modality, recipe, inputs.get(modality))
-    clones = {modality: meta_clone(backbones[modality]) for modality in recipe["branches"]}
+    found = {name: checked_branch(backbones[name], name, recipe, inputs.get(name)) for name in recipe["branches"]}
+    clones = {name: (real_clone if found[name].is_real else meta_clone)(backbones[name]) for name in recipe["branches"]}
     rehearsal = fused_once(clones, recipe, inputs, factory)
     check_state(rehearsal, tensors, chosen_state(rehearsal, modules, batch_norm))
     return fused_once({modality: backbones[modality] for modality in recipe["branches"]}, recipe, inputs, factory)
 
 
-def check_branch(backbone: nn.Module, modality: str, recipe: Mapping[str, Any], example_input: Any) -> None:
-    """Raise unless a backbone has the features where its branch in the file was fused and wrapped."""
+def checked_branch(backbone: nn.Module, modality: str, recipe: Mapping[str, Any], example_input: Any) -> Survey:
+    """The survey of a backbone; a `ValueError` unless it has the features that its branch in the file had."""
     entries = [entry[modality] for entry in recipe["stages"] if modality in entry]
     sites = [site_of(entry) for entry in [*entries, *(recipe["branches"][modality] or {"sites": []})["sites"]]]
-    classifier = recipe["options"]["classifiers"].get(modality)
+    classifier = recipe["options"]["classifiers"].get(modality, "")
     found = surveyed(modality, backbone, classifier, example_input, **hints(sites))
     found.title += f" of branch {modality!r}"
     for site in sites:
         check_site(found, site)
+    return found
 
 
 def fused_once(
@@ -103,7 +104,7 @@ def fused_once(
             if wrapped:
                 wrap_again(backbones[modality], wrapped, inputs.get(modality), factory)
         at = [{modality: entry["module"] for modality, entry in sites.items()} for sites in recipe["stages"]]
-        return fuse(backbones, recipe["tasks"], at=at, example_inputs=inputs, **recipe["options"])
+        return fuse(backbones, recipe["tasks"], at=at or "stage", example_inputs=inputs, **recipe["options"])
     except Exception:
         for backbone in backbones.values():
             detach(backbone)
@@ -125,7 +126,7 @@ def check_site(found: Survey, site: Site) -> None:
     if site.module not in found.modules:
         raise ValueError(f"the file has attention at {site.name!r}, a module that {found.title} does not have.")
     seen = found.found.get(site.module)
-    here = next((other for other in seen.sites if other.path == site.path), None) if seen else None
+    here = next((other for other in [*seen.sites, *seen.repeated] if other.path == site.path), None) if seen else None
     if here is None:
         reasons = "; ".join(seen.reasons) if seen else "it is not called"
         raise ValueError(f"the file has attention at {site.name!r}, where {found.title} can take none: {reasons}.")

@@ -24,8 +24,8 @@ def chosen_state(model: nn.Module, modules: Sequence[str], batch_norm: bool) -> 
 
 
 def added_parts(model: nn.Module) -> list[nn.Module]:
-    """The attention of a network; of a fused one also its readout and heads."""
-    return [*attentions(model).values(), *((model.readout, model.heads) if isinstance(model, Fused) else ())]
+    """The attention of a network; of a fused one, whose readout is among it, also its heads."""
+    return [*attentions(model).values(), *((model.heads,) if isinstance(model, Fused) else ())]
 
 
 def check_state(model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

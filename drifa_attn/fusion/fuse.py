@@ -4,16 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drifa_attn.checks import check_mapping, count, number
+from drifa_attn.layout import Layout
 from drifa_attn.wrapping.plan import PARALLEL
+from drifa_attn.wrapping.selection import checked_layouts
 
-from .branches import advanced, surveyed, without_classifier
+from .branches import advanced, check_output, surveyed, without_classifier
 from .fused import Fused
 from .pairs import Pairs, branch_outputs, paired
 from .protocol import Readout, Refiner
-from .systems import system
+from .systems import built, system
 
 
 def fuse(
@@ -25,8 +27,9 @@ def fuse(
     fusion_options: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     modality_dropout: float = 0.0,
-    classifiers: Mapping[str, str] | None = None,
-    example_inputs: Mapping[str, Tensor] | None = None,
+    classifiers: Mapping[str, str | None] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    layouts: Mapping[str, Mapping[str, Layout]] | None = None,
 ) -> Fused:
     """Fuse backbones of any family, one per modality, stage by stage, and give the whole one head per task (Fig. 1A).
 
@@ -34,7 +37,7 @@ def fuse(
         logits = net({"dermoscopy": x, "smear": y})
 
     Each backbone is cut at its stages and compared with itself, in eval and training mode, before it is used; its classifier is
-    taken off (by `reset_classifier(0)` where it has that, as timm's networks have). With MIFA's default start and all
+    taken off (by `reset_classifier(0)` where it has that, as timm's networks have). At the start, with all
     modalities present, the features of each branch equal those of its own backbone bit for bit until training moves them.
 
     Args:
@@ -43,48 +46,63 @@ def fuse(
         at: "stage" pairs stages by reduction where the networks share at least two, else by fraction of depth; "block" pairs
             blocks by fraction of depth, and stages in a network without blocks; or a list with one {modality: module name} per
             stage, in calling order.
-        fusion: the name of a fusion, "mifa", or a `Refiner` or `Readout` class of one's own.
-        fusion_options: what its refiners take, for "mifa" `reduction` (16), `dim` and `init` ("identity"); see `MIFA`.
+        fusion: "mifa", "concat", "sum", "gated", "lmf", "mmtm", "cross_attention", "mutual_attention", "caf", "mttu", "gloria",
+            "aff", "iaff", or a `Refiner` or `Readout` class of one's own. `fusion.FUSIONS` holds their classes, which say what
+            they compute.
+        fusion_options: what its refiners take, or its readout where it has none: for "mifa" `reduction` (16), `dim` and `init`
+            ("identity"), see `MIFA`.
         dropout: before the heads, in [0, 1).
         modality_dropout: in training, the probability that a present modality is dropped, in [0, 1).
-        classifiers: {modality: module name} to take off where a backbone has no `reset_classifier`; others keep their output.
-        example_inputs: {modality: tensor} where a network does not say what it takes.
+        classifiers: {modality: module name} to take off where a backbone has no `reset_classifier`, or {modality: None} to keep
+            its output as it is. A backbone that ends in a linear layer must have one of the two.
+        example_inputs: {modality: input} where a network does not say what it takes: a tensor, a tuple of arguments, or a dict
+            of keyword arguments, such as token ids and their mask. Batches then hold the same for this modality.
+        layouts: {modality: {module name: "b c ..." or "b ... c"}} where the layout of a feature cannot be told.
 
     Raises: ValueError, TypeError: an argument out of its range, or a backbone that cannot be advanced, with the reason. The
         backbones are then untouched.
     Differs: the paper fuses two networks of its own.
     """
     check_mapping("fuse", "classifiers", classifiers, "{modality: module name}")
-    check_mapping("fuse", "example_inputs", example_inputs, "{modality: tensor}")
-    classifiers, example_inputs = dict(classifiers or {}), dict(example_inputs or {})
+    check_mapping("fuse", "example_inputs", example_inputs, "{modality: input}")
+    check_mapping("fuse", "layouts", layouts, "{modality: {module name: layout}}")
+    classifiers, example_inputs, layouts = dict(classifiers or {}), dict(example_inputs or {}), dict(layouts or {})
     check_backbones(backbones)
     tasks = checked_tasks(tasks)
     dropout, modality_dropout = rate("dropout", dropout), rate("modality_dropout", modality_dropout)
-    check_known(backbones, classifiers=classifiers, example_inputs=example_inputs)
-    refiner, readout = system(fusion)
-    found = {name: surveyed(name, one, classifiers.get(name), example_inputs.get(name)) for name, one in backbones.items()}
+    check_known(backbones, classifiers=classifiers, example_inputs=example_inputs, layouts=layouts)
+    check_classifiers(classifiers)
+    ends = {name: classifiers.get(name, "") for name in backbones}
+    system(fusion)  # told before anything is traced
+    found = {}
+    for name, backbone in backbones.items():
+        known = checked_layouts(layouts.get(name, {}))
+        found[name] = surveyed(name, backbone, ends[name], example_inputs.get(name), layouts=known)
+        check_output(name, backbone, found[name], ends[name])
     stages, outputs, parts = paired(found, at), branch_outputs(found), {}
+    options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
+    places = [list(sites.values()) for sites in stages]
+    refiners, readout = built(fusion, list(outputs.values()), places, options, factory)
+    if not refiners and not readout.keeps:
+        stages = []  # every backbone runs to its end
     for name, backbone in backbones.items():
         names = [sites[name].module for sites in stages if name in sites]
-        parts[name] = advanced(name, backbone, found[name], names, classifiers.get(name), example_inputs.get(name))
-    places = [list(sites.values()) for sites in stages]
-    options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
-    refiners = [refiner(where, **options, **factory) for where in places] if refiner else []
+        parts[name] = advanced(name, backbone, found[name], names, ends[name], example_inputs.get(name))
     net = Fused(
         {name: nn.Identity() for name in backbones},
         refiners,
-        readout(list(outputs.values()), places, **({} if refiner else options), **factory),
+        readout,
         tasks,
         stages=stages,
         outputs=outputs,
         parts=parts,
         dropout=dropout,
         modality_dropout=modality_dropout,
-        recipe={"fusion": fusion, "fusion_options": options, "classifiers": classifiers},
+        recipe={"fusion": fusion, "fusion_options": options, "classifiers": classifiers, "layouts": layouts},
         **factory,
     )
     for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more
-        net.branches[name] = without_classifier(backbone, name, classifiers.get(name))
+        net.branches[name] = without_classifier(backbone, name, ends[name])
     return net
 
 
@@ -129,6 +147,13 @@ def check_names(what: str, mapping: Any) -> None:
 def rate(what: str, given: Any) -> float:
     """A probability below one."""
     return number("fuse", what, given, "in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def check_classifiers(classifiers: Mapping[str, Any]) -> None:
+    """Raise unless each of these is the name of a module, or None."""
+    for name, given in classifiers.items():
+        if given is not None and (not isinstance(given, str) or not given):
+            raise ValueError(f"fuse expected classifiers[{name!r}] to be the name of a module or None, got {given!r}.")
 
 
 def check_known(backbones: Mapping[str, nn.Module], **given: Mapping[str, Any]) -> None:

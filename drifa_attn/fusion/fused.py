@@ -10,19 +10,20 @@ from torch.utils.checkpoint import checkpoint
 
 from drifa_attn.layout import Place, positions
 from drifa_attn.network.glue import enter, leave
+from drifa_attn.network.inputs import as_call
 from drifa_attn.network.lockstep import Part
 from drifa_attn.network.modes import without_statistics
 from drifa_attn.network.site import Site
-from drifa_attn.trees import at_path, replace_tensor
+from drifa_attn.trees import at_path, map_tensors, replace_tensor
 
-from .presence import check_inputs, cleared, presence, present_rows
+from .presence import checked_inputs, cleared, first_tensor, presence, present_rows
 from .protocol import Readout, Refiner
 
 
 class Fused(nn.Module):
     """Several backbones in lockstep, refined after every stage, one linear head per task; `fuse` builds it.
 
-        f_i = mean(branch_i(x_i)), refined after every stage        logits = lin(head, readout(f_1, …, f_m))
+        v_i = mean(branch_i(x_i)), refined after every stage        logits = lin(head, readout(v_1, …, v_m))
 
     Absent modalities add nothing to a gate. What the readout makes of them, it says. In training a branch runs on the samples
     that have its modality alone, so that batch norms see no others, and on none it does not run at all. In eval mode, where
@@ -31,21 +32,23 @@ class Fused(nn.Module):
 
     Attributes:
         branches: the backbones by modality, the same objects that were given.
-        refiners: one per stage, for DRIFA a MIFA; `stages` are its sites by modality. `gates` shows their gates, `disabled`
-            switches them off.
+        refiners: one per stage, for DRIFA a MIFA, or none at all; `stages` are its sites by modality. `gates` shows their
+            gates, `disabled` switches them off.
         readout: makes one vector per sample of all branches.
+        plan: which features meet where, and what the fusion costs there; `print` it.
         heads: one linear layer per task.
         modality_dropout: in training, the probability that a present modality is dropped; a sample keeps at least one.
 
-    Shape: {modality: what its backbone takes, `b …`}, present `b m` (bool, modalities in the order of `branches`) ->
-        {task: logits `b k`}. A modality that is not in the dict is absent from the whole batch.
+    Shape: {modality: what its backbone takes, `b …`: a tensor, a tuple of arguments or a dict of keyword arguments}, present
+        `b m` (bool, modalities in the order of `branches`) -> {task: logits `b k`}. A modality that is not in the dict, or is
+        None there, is absent from the whole batch.
     Raises: ValueError, TypeError: an unknown modality, an empty dict, unequal batch sizes, or a `present` that is not
         `b m` of bool.
     Differs: the paper fuses two ResNet-18 of its own. Other backbones, other numbers of them, and absent modalities are not in
         it.
     """
 
-    pretrained_cfg = {"classifier": "heads"}  # as timm's networks state theirs
+    pretrained_cfg = {"classifier": ("readout", "heads")}  # as timm's networks state theirs
     drifa_parts = "its branches, net.branches[name]"  # what `wrap` is to be given instead
 
     def __init__(
@@ -74,6 +77,7 @@ class Fused(nn.Module):
         self.modality_dropout = modality_dropout
         self.stages, self.outputs, self.parts, self.recipe = stages, outputs, parts, dict(recipe)
         self.checkpoints = False
+        readout.names = tuple(branches)
         for refiner, sites in zip(self.refiners, stages, strict=False):
             refiner.names = tuple(sites)  # type: ignore[assignment]
 
@@ -81,28 +85,32 @@ class Fused(nn.Module):
         """Recompute what lies between two stages in the backward pass instead of keeping it."""
         self.checkpoints = enable
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
         """The logits of every task."""
         vectors, kept, present = self.advance(inputs, present)
         fused = self.dropout(self.readout([vector.to(self.dtype) for vector in vectors], kept, present))
         return {task: head(fused) for task, head in self.heads.items()}
 
-    def features(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
+    def features(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
         """The pooled features `b c` of every branch, zeros for a modality that the whole batch lacks."""
         return dict(zip(self.modalities, self.advance(inputs, present)[0], strict=True))
 
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward in training, weighted, for `TaskLoss`; {} for most fusions."""
+        return self.readout.losses()
+
     def advance(
-        self, inputs: Mapping[str, Tensor], present: Tensor | None
+        self, inputs: Mapping[str, Any], present: Tensor | None
     ) -> tuple[list[Tensor], dict[int, list[Tensor]], Tensor | None]:
         """All branches from their inputs to their vectors, the refined features that the readout keeps, and who is present."""
-        check_inputs(inputs, self.modalities, present)
+        inputs = checked_inputs(inputs, self.modalities, present)
         present = presence(inputs, self.modalities, present, self.modality_dropout if self.training else 0)
-        run = Advance(self, next(iter(inputs.values())), present)
+        run = Advance(self, first_tensor(inputs), present)
         for i, name in enumerate(self.modalities):
             if name in inputs:
                 run.begin(name, inputs[name], None if present is None else present[:, i], alone=self.training)
-        for refiner, sites in zip(self.refiners, self.stages, strict=False):
-            run.stage(refiner, sites)
+        for k, sites in enumerate(self.stages):
+            run.stage(self.refiners[k] if len(self.refiners) else None, sites)
         return [run.vector(name, site) for name, site in self.outputs.items()], run.kept, present
 
     @property
@@ -141,14 +149,15 @@ class Advance:
         self.kept: dict[int, list[Tensor]] = {}
         self.number = 0
 
-    def begin(self, name: str, x: Tensor, has: Tensor | None, *, alone: bool) -> None:
+    def begin(self, name: str, given: Any, has: Tensor | None, *, alone: bool) -> None:
         """Put an input into its branch: with `alone` only the samples that have it, else the others too, as zeros."""
         rows = present_rows(has) if alone else None
         if rows is not None:
             if not len(rows):
                 return  # as if it were not given
-            self.rows[name], x = rows, x[rows]
-        self.states[name], _ = enter(self.net.branches[name], (cleared(x, has) if rows is None else x,), {})
+            self.rows[name] = rows
+        inputs = as_call(map_tensors(given, lambda x: cleared(x, has) if rows is None else x[rows]))
+        self.states[name] = (enter(self.net.branches[name], *inputs),)
 
     def whole(self, name: str, y: Tensor) -> Tensor:
         """A feature of the samples that a branch ran on, with zeros for the others."""
@@ -156,7 +165,7 @@ class Advance:
             return y
         return y.new_zeros(self.sample.shape[0], *y.shape[1:]).index_copy(0, self.rows[name], y)
 
-    def stage(self, refiner: nn.Module, sites: Mapping[str, Site]) -> None:
+    def stage(self, refiner: nn.Module | None, sites: Mapping[str, Site]) -> None:
         """Run the branches that meet here up to this stage, and refine their features."""
         outputs = {n: self.net.run(n, self.done[n], self.states[n]) for n in sites if n in self.states}
         xs = [
@@ -164,7 +173,7 @@ class Advance:
             for name, site in sites.items()
         ]
         seen = None if self.present is None else self.present[:, [self.net.modalities.index(name) for name in sites]]
-        ys = refiner(xs, seen)
+        ys = xs if refiner is None else refiner(xs, seen)
         if self.number in self.net.readout.keeps:
             self.kept[self.number] = ys
         for (name, site), y in zip(sites.items(), ys, strict=True):
@@ -178,11 +187,9 @@ class Advance:
         self.number += 1
 
     def stand_in(self, place: Place) -> Tensor:
-        """A feature of one position for a modality that the whole batch lacks."""
-        ones = [1] * (len(place.shape) - 1)
-        first = place.layout == "b c ..."
-        shape = (place.channels, *ones) if first else (*[place.num_prefix_tokens + n for n in ones], place.channels)
-        return self.sample.new_zeros(self.sample.shape[0], *shape, dtype=self.net.dtype)
+        """Zeros in the place of a feature, for a modality that the whole batch lacks; they take no memory."""
+        zero = self.sample.new_zeros([1] * (1 + len(place.shape)), dtype=self.net.dtype)
+        return zero.expand(self.sample.shape[0], *place.shape)
 
     def vector(self, name: str, site: Site) -> Tensor:
         """The pooled output of a branch after its last part."""

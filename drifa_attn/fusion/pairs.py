@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from drifa_attn.network.blocks import blocks
+from drifa_attn.network.features import output_site
+from drifa_attn.network.record import Survey
 from drifa_attn.network.site import Site
 from drifa_attn.network.stages import stages
-from drifa_attn.network.survey import Survey, output_site
 from drifa_attn.trees import tensors_in
 
 Pairs = Literal["stage", "block"] | Sequence[Mapping[str, str]]

@@ -7,33 +7,43 @@ import torch
 from torch import Tensor
 
 from drifa_attn.checks import check_present
+from drifa_attn.trees import tensors_in
 
 
-def check_inputs(inputs: Any, names: Sequence[str], present: Tensor | None) -> None:
-    """Raise unless these are inputs of some of the modalities, of one batch size, and `present` fits them."""
+def checked_inputs(inputs: Any, names: Sequence[str], present: Tensor | None) -> dict[str, Any]:
+    """The inputs of the modalities that are there; an error unless they are of one batch size, and `present` fits them."""
     if not isinstance(inputs, Mapping):
         raise TypeError(f"Fused expected a dict of inputs by modality, got {type(inputs).__name__}.")
-    if not inputs or any(name not in names for name in inputs):
+    given = {name: x for name, x in inputs.items() if x is not None}
+    if not given or any(name not in names for name in inputs):
         raise ValueError(f"Fused expected inputs of some of the modalities {list(names)}, got {list(inputs)}.")
-    for name, x in inputs.items():
-        if not isinstance(x, Tensor):
+    sizes: dict[str, int] = {}
+    for name, x in given.items():
+        for path, tensor in tensors_in(x):
+            sizes[name + "".join(f"[{key}]" for key in path)] = tensor.shape[0] if tensor.ndim else 0
+        if not isinstance(x, Tensor | tuple | Mapping) or not tensors_in(x):
             raise TypeError(
-                f"Fused expected a tensor of modality {name!r}, got {type(x).__name__}: leave a modality that the whole batch "
-                "lacks out of the dict."
+                f"Fused expected a tensor of modality {name!r}, or a tuple or dict of tensors, got {type(x).__name__}: leave a "
+                "modality that the whole batch lacks out of the dict."
             )
-    sizes = {name: x.shape[0] for name, x in inputs.items()}
     batch, *others = sizes.values()
     if any(size != batch for size in others):
         raise ValueError(f"Fused expected one batch size for all modalities, got {sizes}: name absent samples in `present`.")
-    check_present("Fused", present, [next(iter(inputs.values()))] * len(names))
+    check_present("Fused", present, [first_tensor(given)] * len(names))
+    return given
 
 
-def presence(inputs: Mapping[str, Tensor], names: Sequence[str], present: Tensor | None, dropped: float) -> Tensor | None:
+def first_tensor(inputs: Mapping[str, Any]) -> Tensor:
+    """The first tensor of the first modality."""
+    return tensors_in(next(iter(inputs.values())))[0][1]
+
+
+def presence(inputs: Mapping[str, Any], names: Sequence[str], present: Tensor | None, dropped: float) -> Tensor | None:
     """Who is present, `b m`, after a share of the present modalities is taken away; None if all are present.
 
     A sample keeps at least one of the modalities that it has.
     """
-    sample = next(iter(inputs.values()))
+    sample = first_tensor(inputs)
     if len(inputs) < len(names) or (dropped and present is None):
         given = torch.tensor([name in inputs for name in names], device=sample.device)
         present = given.expand(sample.shape[0], -1) if present is None else present & given

@@ -5,7 +5,8 @@ import re
 from torch import nn
 
 from .copies import CONVOLUTIONS
-from .survey import Survey
+from .heads import heads, without_predictions
+from .record import Survey
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BLOCK_NAMES = re.compile("Block|Bottleneck|Residual")
@@ -14,16 +15,19 @@ BLOCK_NAMES = re.compile("Block|Bottleneck|Residual")
 def blocks(survey: Survey) -> list[str]:
     """The residual blocks in calling order: innermost modules that add to what they read, and all modules of their classes.
 
-    Where those hold less than half of the weights, modules that concatenate count too (dense and inception blocks). Where there
-    are none, modules count whose class is called a block.
+    Where those hold less than half of the weights, modules count too that add in other words (a difference, `lerp`, a stack
+    that is summed), and then those that concatenate (dense and inception blocks). Where there are none, modules count whose
+    class is called a block. What gives predictions is no block.
     """
     found = closed(survey, {frame for frame, _, _ in survey.first.additions})
+    if weight_share(survey, found) < 0.5:
+        found = closed(survey, found | survey.first.other_sums)
     if weight_share(survey, found) < 0.5:
         found = closed(survey, found | survey.first.concatenations)
     if not found:
         named = {name for name in survey.first.calls if BLOCK_NAMES.search(type(survey.modules[name]).__name__)}
         found = closed(survey, named)
-    return in_order(survey, found)
+    return without_predictions(survey, in_order(survey, found))
 
 
 def in_order(survey: Survey, names: set[str]) -> list[str]:
@@ -41,8 +45,16 @@ def closed(survey: Survey, frames: set[str]) -> set[str]:
     kinds = {type(survey.modules[name]) for name in names} - set(CONTAINERS)
     names |= {lifted(survey, name) for name in survey.first.calls if type(survey.modules[name]) in kinds}
     names = {name for name in names if is_candidate(survey, name)}
+    names = {name for name in names if not is_folded_within(survey, name)} or names
     once = {name for name in names if survey.first.calls[name].count == 1}
     return {name for name in names if not any(other.startswith(f"{name}.") for other in once)}
+
+
+def is_folded_within(survey: Survey, name: str) -> bool:
+    """Whether a module works on pieces, such as patches, of what a module around it works on, as in MobileViT."""
+    inner = [site.folded for site in survey.found[name].sites]
+    around = [survey.found.get(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
+    return any(site.folded < min(inner, default=0) for found in around if found for site in found.sites)
 
 
 def lifted(survey: Survey, name: str) -> str:
@@ -62,8 +74,14 @@ def lifted(survey: Survey, name: str) -> str:
 
 
 def is_candidate(survey: Survey, name: str) -> bool:
-    """Whether a module can be a block: it gives maps, and is neither the network nor a pyramid or head, which use dicts."""
-    return bool(name) and not survey.first.calls[name].is_dict and survey.found[name].is_map
+    """Whether a module can be a block: it gives features, and is neither the network nor a pyramid or head, which use dicts.
+
+    Vectors are features where the network has no maps.
+    """
+    if not name or survey.first.calls[name].is_dict:
+        return False
+    found = survey.found[name]
+    return found.is_map or (bool(found.sites) and not any(other.is_map for other in survey.found.values()))
 
 
 def weight_share(survey: Survey, names: set[str]) -> float:
@@ -77,7 +95,7 @@ def weight_share(survey: Survey, names: set[str]) -> float:
 def convolutions(survey: Survey, *, shortcuts: bool) -> list[str]:
     """The convolutions in blocks (anywhere in a network without blocks) that a norm follows, at more than one position."""
     within = blocks(survey)
-    left_out = set() if shortcuts else projections(survey)
+    left_out = heads(survey) | (set() if shortcuts else projections(survey))
     return [
         name
         for name in in_order(survey, set(survey.first.calls))

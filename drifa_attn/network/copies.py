@@ -1,50 +1,93 @@
-"""The copy of a network that runs in its place, without memory, and the inputs that it may take."""
+"""The copy of a network that runs in its place: without memory on the meta device, or a real one on the CPU."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from types import FunctionType
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from drifa_attn.trees import map_tensors, tensors_in
+from drifa_attn.trees import tensors_in
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def meta_clone(model: nn.Module) -> nn.Module:
+def meta_clone(model: nn.Module, *, with_hooks: bool = False) -> nn.Module:
     """A copy of the network without memory: same modules and attributes, every tensor they hold on the meta device.
 
-    Hooks that are plain functions are left out: they are not copied, and what they write to does not belong to the copy.
+    Hooks that are plain functions are left out unless asked for: what they write to may not belong to the network.
     """
+    return cloned(model, lambda tensor: torch.empty_like(tensor, device="meta", requires_grad=False), with_hooks)
+
+
+def real_clone(model: nn.Module, *, with_hooks: bool = False) -> nn.Module:
+    """A copy of the network on the CPU, with the values of its weights; in float32 where the network is in float16."""
+    clone = cloned(model, lambda tensor: tensor.detach().cpu().clone(), with_hooks)
+    return clone.float() if any(tensor.dtype is torch.float16 for tensor in clone.parameters()) else clone
+
+
+def cloned(model: nn.Module, function: Callable[[Tensor], Tensor], with_hooks: bool) -> nn.Module:
+    """A copy of the network in eval mode, with `function` of every tensor that its modules hold."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for _, tensor in tensors_in(vars(module)):  # parameters, buffers, and whatever else it keeps
-            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            other = function(tensor)
+            memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
     clone = copy.deepcopy(model, memo).eval()
-    for module in clone.modules():
-        for registered in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in registered.items() if isinstance(hook, FunctionType)]:
-                del registered[key]
+    for registered in hooks_of(clone):
+        for key, hook in list(registered.items()):
+            if isinstance(hook, FunctionType):
+                registered[key] = rebound(hook, memo) if with_hooks else None
+                if not with_hooks:
+                    del registered[key]
     return clone
 
 
-def copied(model: nn.Module, example_input: Any) -> tuple[nn.Module, list[tuple[tuple, dict[str, Any]]]]:
-    """A copy without memory, and the inputs to try on it: the example, or shapes that the network may take."""
-    title = type(model).__name__
-    try:
-        clone = meta_clone(model)
-    except Exception as error:
-        message = f"{title} could not be copied to the meta device ({type(error).__name__}: {error}): {advice(model)}."
-        raise ValueError(message) from error
-    if example_input is not None:
-        return clone, [as_call(example_input)]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    shapes = dict.fromkeys(default_shapes(model))
-    return clone, [((torch.empty(2, *shape, dtype=dtype, device="meta"),), {}) for shape in shapes]
+def copies(model: nn.Module) -> Iterator[tuple[bool, bool, nn.Module | Exception]]:
+    """The copies to try, the cheapest first: whether it is real, whether it has all hooks of the network, and the copy.
+
+    A copy that cannot be made is the error; a `ValueError` is raised where not even the first one can.
+    """
+    hooks = (False, True) if has_function_hooks(model) else (False,)
+    for is_real in (False, True) if has_memory(model) else (False,):
+        for with_hooks in hooks:
+            try:
+                clone: nn.Module | Exception = (real_clone if is_real else meta_clone)(model, with_hooks=with_hooks)
+            except Exception as error:
+                if not is_real and not with_hooks:
+                    what = f"{type(model).__name__} could not be copied to the meta device ({type(error).__name__}: {error})"
+                    raise ValueError(f"{what}: {advice(model)}.") from error
+                clone = error
+            yield is_real, with_hooks == hooks[-1], clone
+
+
+def has_memory(model: nn.Module) -> bool:
+    """Whether the network can run: none of its weights is on the meta device."""
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def hooks_of(model: nn.Module) -> list[MutableMapping[int, Any]]:
+    """The registered forward hooks and forward pre-hooks of all modules."""
+    return [registered for module in model.modules() for registered in (module._forward_hooks, module._forward_pre_hooks)]
+
+
+def has_function_hooks(model: nn.Module) -> bool:
+    """Whether a forward hook of a module is a plain function, which a copy of the network does not copy."""
+    return any(isinstance(hook, FunctionType) for registered in hooks_of(model) for hook in registered.values())
+
+
+def rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The same function, for the copy of a network: what it reads and writes outside of itself is the copy's, or is copied."""
+    cells = [CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in function.__closure__ or ()]
+    held = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    held = {name: copy.deepcopy(value, memo) for name, value in held.items() if isinstance(value, dict | list | set | deque)}
+    defaults = copy.deepcopy(function.__defaults__, memo)
+    bound = FunctionType(function.__code__, {**function.__globals__, **held}, function.__name__, defaults, tuple(cells))
+    bound.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+    return bound
 
 
 def advice(model: nn.Module) -> str:
@@ -67,33 +110,3 @@ def is_copied(value: Any) -> bool:
     except Exception:
         return False
     return True
-
-
-def as_call(example_input: Any) -> tuple[tuple, dict[str, Any]]:
-    """Arguments and keyword arguments of an example input, on the meta device."""
-    args = example_input if isinstance(example_input, tuple) else () if isinstance(example_input, dict) else (example_input,)
-    kwargs = example_input if isinstance(example_input, dict) else {}
-    if not any(True for _ in tensors_in((args, kwargs))):
-        raise TypeError(
-            f"example_input expected a tensor, a tuple of arguments or a dict of keyword arguments, got {example_input!r}."
-        )
-    return map_tensors((args, kwargs), lambda tensor: tensor.to("meta"))
-
-
-def default_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes, without the batch axis, that the network may take as its one input, the likeliest first."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    config = config if isinstance(config, Mapping) else vars(config)
-    first = next((m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))), None)
-    sizes = [getattr(m, key) for m in model.modules() for key in ("img_size", "image_size") if hasattr(m, key)]
-    squares = [tuple(s) if isinstance(s, tuple | list) else (s, s) for s in sizes if s]
-    if config.get("input_size"):
-        squares.append(tuple(config["input_size"][1:]))
-        yield from ((config["input_size"][0], *square) for square in squares)
-    if isinstance(first, nn.Linear):
-        yield (first.in_features,)
-    elif isinstance(first, nn.Conv3d):
-        yield from ((first.in_channels, 16, *square) for square in [*squares, (112, 112), (224, 224)])
-    elif isinstance(first, nn.Conv2d):
-        yield from ((first.in_channels, *square) for square in [*squares, (224, 224), (512, 512)])
-    yield from ((3, *square) for square in [*squares, (224, 224), (512, 512)])

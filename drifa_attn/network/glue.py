@@ -7,12 +7,16 @@ take sizes. All of that holds for the thread that traces; other threads get the 
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from drifa_attn.trees import parts, rebuilt
+
+from .inputs import Inputs
 
 # Functions that take sizes but no tensor: a proxy is no size to them, so they are replaced for the thread that traces.
 FACTORIES = (
@@ -179,13 +183,14 @@ class GlueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
             raise NotCuttableError("its forward uses a tensor that it does not hold as an attribute")
-        return super().create_arg(a)
+        return super().create_arg(plain(a))
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *_: Any, **__: Any) -> Any:
         if self.modes() != self.context:
             raise NotCuttableError("its forward switches gradients or autocast on or off between stages")
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
-        return self.known(node, self.compute(kind, target, values(args), values(kwargs)))
+        value = self.compute(kind, target, values(args), values(kwargs))
+        return ValueProxy(node, self, value) if kind == "placeholder" else self.known(node, value)  # fx would flatten a nesting
 
     def compute(self, kind: str, target: Any, args: tuple, kwargs: dict) -> Any:
         """The value of a step."""
@@ -207,14 +212,19 @@ class GlueTracer(fx.Tracer):
         """A proxy for a value, or the same nesting of proxies for its parts."""
         if value is None or isinstance(value, str):
             return value
-        if isinstance(value, tuple | list | dict):
-            keys = value if isinstance(value, dict) else range(len(value))
-            parts = {
-                key: self.create_proxy("call_function", operator.getitem, (ValueProxy(node, self, value), key), {})
-                for key in keys
-            }
-            return parts if isinstance(value, dict) else (list if isinstance(value, list) else tuple)(parts.values())
-        return ValueProxy(node, self, value)
+        value = tuple(value) if isinstance(value, torch.Size) else value  # a size holds numbers alone
+        inside = parts(value)
+        if not inside:
+            return value if isinstance(value, tuple | list | dict) else ValueProxy(node, self, value)
+        take = operator.getitem if isinstance(value, Mapping | tuple | list) else getattr
+        proxies = {key: self.create_proxy("call_function", take, (ValueProxy(node, self, value), key), {}) for key in inside}
+        return rebuilt(value, proxies)
+
+
+def plain(tree: Any) -> Any:
+    """The nesting with plain dicts in the place of other mappings, which a graph would read as lists of their keys."""
+    inside = {key: plain(value) for key, value in parts(tree).items()}
+    return inside if isinstance(tree, Mapping) else rebuilt(tree, inside) if inside else tree
 
 
 def chosen(given: Any, entered: Any) -> Any:
@@ -233,9 +243,8 @@ def values(tree: Any) -> Any:
         return tree.value
     if isinstance(tree, slice):
         return slice(values(tree.start), values(tree.stop), values(tree.step))
-    if isinstance(tree, dict):
-        return {key: values(value) for key, value in tree.items()}
-    return type(tree)(map(values, tree)) if type(tree) in (tuple, list) else tree
+    inside = {key: values(value) for key, value in parts(tree).items()}
+    return rebuilt(tree, inside) if inside else tree
 
 
 @contextmanager
@@ -268,13 +277,14 @@ class Root(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> Any:
-        return self.network(x)
+    def forward(self, given: Inputs) -> Any:
+        args, kwargs = given
+        return self.network(*args, **kwargs)
 
 
-def traced(network: nn.Module, stages: Sequence[str], x: Tensor) -> fx.Graph:
+def traced(network: nn.Module, stages: Sequence[str], inputs: Inputs) -> fx.Graph:
     """The graph of the glue, with a `stage_end` after every stage; names of modules in it begin with "network."."""
-    tracer = GlueTracer(stages, (x,))
+    tracer = GlueTracer(stages, (inputs,))
     try:
         with ONE_TRACE, recorded_factories(tracer):
             return tracer.trace(Root(network))

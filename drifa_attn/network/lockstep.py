@@ -9,6 +9,7 @@ such a trace cannot follow is refused, and what it follows is compared with the 
 import copy
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from drifa_attn.trees import map_tensors, tensors_in
 
 from .glue import NotCuttableError, enter, is_out_of_memory, leave, stage_end, traced
+from .inputs import Inputs, batch_of, resized
 
 
 class Part:
@@ -42,19 +44,19 @@ def restored(source: str, names: Mapping[str, tuple[bool, Any]]) -> Part:
     return Part(source, {key: importlib.import_module(v) if is_module else v for key, (is_module, v) in names.items()})
 
 
-def cut(network: nn.Module, stages: Sequence[str], x: Tensor) -> list[Part]:
+def cut(network: nn.Module, stages: Sequence[str], inputs: Inputs) -> list[Part]:
     """The parts of a network between these stages, in its present mode.
 
     Args:
-        network: on the meta device, as `x`.
+        network: a copy; one that lives on the meta device takes its inputs there.
         stages: names of modules, in the order of their calls, each called once.
-        x: an input.
+        inputs: what it takes.
 
     Raises: NotCuttableError: the trace cannot follow the network. Running out of memory is not caught.
     """
     if hasattr(network, "set_grad_checkpointing"):
         network.set_grad_checkpointing(False)  # type: ignore[operator]
-    nodes = list(traced(network, stages, x).nodes)
+    nodes = list(traced(network, stages, inputs).nodes)
     ends = [i for i, node in enumerate(nodes) if node.target is stage_end]
     found = [nodes[i].args[1] for i in ends]
     if found != list(range(len(stages))):
@@ -93,41 +95,43 @@ def part(given: Sequence[fx.Node], body: Sequence[fx.Node], result: Any, rest: S
     return Part(code.src, code.globals)
 
 
-def check_parts(network: nn.Module, parts: Mapping[bool, Sequence[Part]], stages: Sequence[str], x: Tensor) -> None:
+def check_parts(network: nn.Module, parts: Mapping[bool, Sequence[Part]], stages: Sequence[str], inputs: Inputs) -> None:
     """Check that the parts reproduce the network bit for bit, outputs and state, where the ends of its stages are changed.
 
     Both run the same instructions on the same operands. This is tried in eval and training mode, at two batch sizes.
 
     Raises: NotCuttableError: they do not. An error of the network itself, and running out of memory, are not caught.
     """
+    more = map_tensors(inputs, partial(resized, batch=batch_of(inputs), axes=0))
     for training in (False, True):
-        for batch in (len(x), len(x) + 1):
-            sample = torch.cat([x, x[:1]])[:batch]
+        for given in (inputs, more):
             one, two = (copy.deepcopy(network).train(training) for _ in range(2))
             for name in stages:
                 one.get_submodule(name).register_forward_hook(lambda _, args, output: changed(output))
+                two.get_submodule(name).register_forward_hook(lambda *_: None)  # torch's layers look whether there are hooks
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(0)
-                expected = one(sample.clone())
+                args, kwargs = map_tensors(given, Tensor.clone)
+                expected = one(*args, **kwargs)
                 torch.manual_seed(0)
-                actual = run_parts(two, parts[training], sample.clone())
+                actual = run_parts(two, parts[training], map_tensors(given, Tensor.clone))
             pairs = [
                 *zip(flat(expected), flat(actual), strict=True),
                 *zip(two.state_dict().values(), one.state_dict().values(), strict=True),
             ]
             if not all(torch.equal(a, b) for a, b in pairs):
                 mode = "training" if training else "eval"
-                raise NotCuttableError(f"cut at its stages it gives another result in {mode} mode, batch {batch}")
+                raise NotCuttableError(f"cut at its stages it gives another result in {mode} mode, batch {batch_of(given)}")
 
 
-def run_parts(network: nn.Module, parts: Sequence[Part], x: Tensor) -> Any:
+def run_parts(network: nn.Module, parts: Sequence[Part], inputs: Inputs) -> Any:
     """The network's output by its parts, with the end of every stage changed."""
     try:
-        (x,), _ = enter(network, (x,), {})
-        output, handed = parts[0].run(network, x)
-        for middle in parts[1:-1]:
-            output, handed = middle.run(network, changed(output), *handed)
-        return leave(network, parts[-1].run(network, changed(output), *handed))
+        state: tuple[Any, ...] = (enter(network, *inputs),)
+        for one in parts[:-1]:
+            output, handed = one.run(network, *state)
+            state = (changed(output), *handed)
+        return leave(network, parts[-1].run(network, *state))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -47,3 +47,11 @@ def without_statistics(model: nn.Module) -> Iterator[None]:
         for norm, momentum, count in before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Within this context the CPU draws random numbers of its own; afterwards torch's global state is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield

@@ -13,10 +13,12 @@ class Site(Place):
     Attributes:
         module: the module's name in the network.
         path: where in its output the tensor is; empty when the output is the tensor.
+        folded: how many rows of the feature belong to each sample of the network: the frames of a video, the patches of a bag.
     """
 
     module: str
     path: Path = ()
+    folded: int = 1
 
     @property
     def name(self) -> str:

@@ -1,8 +1,9 @@
 """Records a forward pass of a copy: every module call, and what each tensor depends on.
 
-The copy lives on the meta device. Shapes and Python control flow are the network's own; no number is computed.
+Shapes and Python control flow are the network's own. On the meta device no number is computed.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drifa_attn.trees import Path, map_tensors, replace_tensor, tensors_in
 
+from .inputs import Inputs, batch_of, resized
+from .modes import own_randomness
+
 Shape = tuple[int, ...]
 
 ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+OTHER_SUMS = {
+    *(torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__),
+    *(torch.lerp, Tensor.lerp, Tensor.lerp_, torch.addcmul, Tensor.addcmul, Tensor.addcmul_),
+}
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 POINTWISE = ADDITIONS | {
     *(F.layer_norm, F.linear, F.dropout, F.gelu, F.relu, F.silu, torch.mul, torch.sub, torch.sigmoid, torch.tanh),
@@ -62,6 +70,8 @@ class Call:
     count: int = 0
     outputs: dict[Path, Output] = field(default_factory=dict)
     input_mark: int = 0
+    input_reach: int = 0
+    input_shapes: list[Shape] = field(default_factory=list)
     is_dict: bool = False
 
 
@@ -72,6 +82,7 @@ class Trace:
     batch: int
     calls: dict[str, Call] = field(default_factory=dict)
     additions: list[tuple[str, int, int]] = field(default_factory=list)  # frame, reach of either operand
+    other_sums: set[str] = field(default_factory=set)  # frames that add in other words: a difference, a stack that is summed
     concatenations: set[str] = field(default_factory=set)  # frames
     normed: set[str] = field(default_factory=set)  # modules whose output a norm reads
     flops: int = 0
@@ -100,6 +111,7 @@ class Tracer(TorchFunctionMode):
         self.flows: dict[int, Dependency] = {}
         self.frames: list[str] = []
         self.producers: dict[int, set[str]] = {}
+        self.stacks: dict[int, Tensor] = {}  # of tensors that depend on the input of the module they are stacked in
         self.marks = 0
 
     def flow(self, tensor: Tensor) -> Dependency:
@@ -154,6 +166,14 @@ class Tracer(TorchFunctionMode):
         elif function in CONCATENATIONS and args:
             if sum(bool(self.flow(t).reach & bit) for t in args[0]) > 1:
                 self.trace.concatenations.add(frame)
+        elif function in OTHER_SUMS and isinstance(result, Tensor):
+            summed = [t for t in args if isinstance(t, Tensor) and t.shape == result.shape]
+            if sum(bool(self.flow(t).reach & bit) for t in summed) > 1:
+                self.trace.other_sums.add(frame)
+        elif function is torch.stack and sum(bool(self.flow(t).reach & bit) for t in args[0]) > 1:
+            self.stacks[id(result)] = result
+        elif function in (torch.sum, Tensor.sum) and self.stacks.get(id(args[0])) is args[0]:
+            self.trace.other_sums.add(frame)
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a module's forward."""
@@ -162,8 +182,11 @@ class Tracer(TorchFunctionMode):
         call.input_mark = self.new_mark()
         call.is_dict |= any(isinstance(value, dict) for value in (*args, *kwargs.values()))
         is_norm = "norm" in type(module).__name__.lower()
+        call.input_shapes = []
         for _, tensor in tensors_in((args, kwargs)):
             self.mark(tensor, call.input_mark)
+            call.input_reach |= self.flow(tensor).reach
+            call.input_shapes.append(tuple(tensor.shape))
             if is_norm:
                 self.trace.normed |= self.producers.get(id(tensor), set())
         self.frames.append(name)
@@ -208,10 +231,6 @@ class FlopCount(TorchDispatchMode):
         return result
 
 
-Inputs = tuple[tuple, dict[str, Any]]  # arguments and keyword arguments
-LARGER = (16, 128, 256)  # added to the last axes in the second trace: at least twice the largest stride in use
-
-
 @dataclass
 class Traces:
     """Two forwards of a copy, the second one with another batch and, where the network takes it, another image size.
@@ -222,6 +241,7 @@ class Traces:
         second: the other record; None if no second forward worked.
         is_resized: whether the second one had another image size.
         error: why no second forward worked.
+        seconds: how long both took.
     """
 
     inputs: Inputs
@@ -229,6 +249,7 @@ class Traces:
     second: Trace | None = None
     is_resized: bool = False
     error: str = ""
+    seconds: float = 0.0
 
 
 def traces(clone: nn.Module, candidates: Sequence[Inputs]) -> Traces:
@@ -238,48 +259,43 @@ def traces(clone: nn.Module, candidates: Sequence[Inputs]) -> Traces:
     """
     error: Exception | None = None
     for inputs in candidates:
+        started = time.perf_counter()
         try:
             found = Traces(inputs, trace(clone, *inputs))
         except Exception as exception:  # noqa: BLE001 - a network may fail in any way on a guessed input
             error = exception
             continue
         add_second(clone, found)
+        found.seconds = time.perf_counter() - started
         return found
     raise error or ValueError("no input to trace with")
 
 
 def add_second(clone: nn.Module, found: Traces) -> None:
     """Take the second trace: with a larger image, or else with the same one; or say why neither works."""
-    for larger in (True, False):
-        inputs = map_tensors(found.inputs, partial(resized, batch=found.first.batch, larger=larger))
+    for axes in (3, 2, 0):
+        inputs = map_tensors(found.inputs, partial(resized, batch=found.first.batch, axes=axes))
         try:
-            found.second, found.is_resized = trace(clone, *inputs), larger
+            found.second, found.is_resized = trace(clone, *inputs), axes > 0
             return
         except Exception as exception:  # noqa: BLE001 - the first trace still stands; the survey notes the error
             found.error = f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}"
 
 
-def resized(tensor: Tensor, batch: int, larger: bool) -> Tensor:
-    """An input with one more sample and, if `larger`, a larger image (axes 2 and on of a floating-point tensor)."""
-    shape = list(tensor.shape)
-    if shape and shape[0] == batch:
-        shape[0] += 1
-    if larger and tensor.is_floating_point() and tensor.ndim > 2:
-        shape[2:] = [size + step for size, step in zip(shape[2:], LARGER[-len(shape) + 2 :], strict=True)]
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-
-
 def trace(clone: nn.Module, args: tuple, kwargs: dict | None = None) -> Trace:
-    """Run one forward of a copy of the network and return its record; the copy keeps no hook."""
+    """Run one forward of a copy of the network and return its record; the copy keeps no hook.
+
+    The hooks of the tracer come before those that the copy has, which may keep features for later.
+    """
     kwargs = kwargs or {}
-    batch = next((t.shape[0] for _, t in tensors_in((args, kwargs)) if t.ndim), 0)
-    tracer = Tracer(batch)
+    tracer = Tracer(batch_of((args, kwargs)))
     with ExitStack() as stack:
         for name, module in clone.named_modules():
             enter, leave = partial(tracer.enter, name), partial(tracer.leave, name)
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True, prepend=True).remove)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(own_randomness())
         counter = stack.enter_context(FlopCount())
         stack.enter_context(tracer)
         output = clone(*args, **kwargs)

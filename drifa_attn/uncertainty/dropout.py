@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from drifa_attn.checks import check_module, number
 from drifa_attn.layout import Layout
-from drifa_attn.network.copies import meta_clone
+from drifa_attn.network.survey import survey
 from drifa_attn.trees import Path, replace_tensor
 from drifa_attn.wrapping.inject import carry, detach, release, steps_of
-from drifa_attn.wrapping.plan import At, check_network, plan
+from drifa_attn.wrapping.plan import check_network
+from drifa_attn.wrapping.selection import At, check_at, checked_layouts, matching, placed_at
 from drifa_attn.wrapping.wrap import Network
 
 # Functions that drop at the rate they are called with where `training`, or `train`, says so.
@@ -89,10 +90,11 @@ def add_dropout(
     p = number("add_dropout", "a probability p", p, "in (0, 1)", lambda x: 0 < x < 1)
     if next(dropouts(model), None):
         raise ValueError(f"{type(model).__name__} has been given dropout already: drifa_attn.remove_dropout(model) first.")
-    bare = meta_clone(model)
-    detach(bare)  # attention is no obstacle
-    for site in plan(bare, at, example_input=example_input, layouts=layouts).sites:
-        carry(model.get_submodule(site.carrier), DropoutStep(float(p), site.path, site.layout), first=True)
+    check_at(at)
+    found = survey(model, example_input, prepare=detach, layouts=checked_layouts(layouts or {}))  # attention is no obstacle
+    slots, _, _ = placed_at(found, at, matching(found.clone, at), layouts=layouts or {})
+    for slot in slots:
+        carry(model.get_submodule(slot.carrier), DropoutStep(float(p), slot.path, slot.layout), first=True)
     return model
 
 

@@ -35,8 +35,8 @@ def attentions(model: nn.Module) -> dict[str, Any]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context all attention passes features on untouched; afterwards, also after an error, it is back.
 
-    A wrapped network is the original one then, and every branch of a fused network is its own backbone. What counts is each
-    layer's attribute `enabled`.
+    A wrapped network is the original one then, and every branch of a fused network is its own backbone; its readout goes on.
+    What counts is each layer's attribute `enabled`.
 
     Raises: ValueError: the network holds no attention.
     """
@@ -54,7 +54,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The weights of all attention, for an optimizer: `torch.optim.AdamW(drifa_attn.attention_parameters(model))`.
 
-    The heads of a fused network are its classifier, not attention: `net.heads.parameters()`.
+    Those of a fused network are its refiners' and its readout's. Its heads are its classifier, not attention:
+    `net.heads.parameters()`.
 
     Raises: ValueError: the network holds no attention.
     """
@@ -69,21 +70,25 @@ def labels(model: nn.Module) -> dict[str, Any]:
     return {sites.get(id(attention), name): attention for name, attention in found.items()}
 
 
-def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def gates(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The gate of every attention for these inputs, `{name: b c}`, each in (0, 1), float32 at least.
+
+    Of a fusion that attends by positions they are its attention matrices or its weights at every position; its class says
+    which. What has no gates, such as a readout that concatenates, is left out.
 
     The name is that of the site, "layer1", or of the layer where attention is part of the network's own code. A layer that
     refines several modalities gives one gate for each, "refiners.0.smear" in a fused network; a modality that the whole batch
-    lacks has none. One forward pass runs in eval mode without gradients, uncompiled, also where attention is disabled; the
-    network's own state comes back afterwards.
+    lacks has none. A site that runs several times in one forward, as in a tower that is shared, gives a list. One forward pass
+    runs in eval mode without gradients, uncompiled, also where attention is disabled; the network's own state comes back
+    afterwards.
 
     Args: what the network itself takes, `gates(model, x)`, `gates(net, inputs, present)`.
-    Raises: ValueError: the network holds no attention, or attention that does not multiply features.
+    Raises: ValueError: the network holds no attention, none that has gates, or one that does not multiply features.
     """
     return observed(model, "gates", args, kwargs)
 
 
-def gains(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def gains(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The gain of every attention for these inputs, `{name: b c}`: the factors that the features are multiplied by.
 
     For the paper's attention the gain is `gate · alpha`. It is one wherever attention has left its features alone, and its
@@ -94,11 +99,11 @@ def gains(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return observed(model, "gains", args, kwargs)
 
 
-def observed(model: nn.Module, what: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def observed(model: nn.Module, what: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a method of every attention says of the features that it is given in one forward pass."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
-        for name, attention in labels(model).items():
+        for name, attention in showing(model, what).items():
             enabled = attention.enabled
             attention.enabled = True
             stack.callback(setattr, attention, "enabled", enabled)
@@ -108,19 +113,33 @@ def observed(model: nn.Module, what: str, args: tuple, kwargs: Mapping[str, Any]
         stack.enter_context(eagerly())
         stack.enter_context(torch.no_grad())
         model(*args, **kwargs)
+    return {name: each[0] if len(each) == 1 else each for name, each in found.items()}
+
+
+def showing(model: nn.Module, what: str) -> dict[str, Any]:
+    """Every layer that has gates, or gains, by the name users know; a `ValueError` if there is none."""
+    held = labels(model)
+    found = {name: layer for name, layer in held.items() if getattr(type(layer), what) is not getattr(Refines, what)}
+    if not found:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in held.values()}))
+        raise ValueError(f"{type(model).__name__} holds no attention that has {what}, only {kinds}.")
     return found
 
 
-def keep(found: dict[str, Tensor], name: str, what: str, attention: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def keep(found: dict[str, list[Tensor]], name: str, what: str, attention: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """A pre-hook of an attention that keeps what it says."""
     gate = getattr(attention, what)(*args, **kwargs)
     if isinstance(gate, Tensor):
-        found[name] = gate
+        found.setdefault(name, []).append(gate)
         return
-    present = kwargs.get("present", args[1] if len(args) > 1 else None)
+    if isinstance(gate, Mapping):
+        for key, one in gate.items():
+            found.setdefault(f"{name}.{key}", []).append(one)
+        return
+    present = kwargs.get("present", args[-1] if len(args) > 1 else None)
     for i, (modality, one) in enumerate(zip(modalities(attention, gate), gate, strict=True)):
         if present is None or present[:, i].any():
-            found[f"{name}.{modality}"] = one
+            found.setdefault(f"{name}.{modality}", []).append(one)
 
 
 def modalities(attention: Any, gate: Sequence[Tensor]) -> Sequence[Any]:

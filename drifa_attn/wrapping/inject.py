@@ -18,7 +18,7 @@ from torch import nn
 from drifa_attn.attention import Refines, Spec, build
 from drifa_attn.layout import Place, as_place
 from drifa_attn.network.site import Site
-from drifa_attn.trees import Path, replace_tensor
+from drifa_attn.trees import Path, holds, replace_tensor
 
 Step = Callable[[nn.Module, Any], Any]
 STEPS = "drifa_steps"  # the attribute of a module that lists the steps it carries
@@ -102,14 +102,24 @@ class Refinement:
         beyond: the carrier's name below the module of the site; empty when that is the carrier itself.
         path: where in the output the tensor is.
         place: its channels, layout and size.
+        folded: how many rows of the feature belong to each sample.
+        label: the name of the site when it was made, for messages.
     """
 
     child: str
     beyond: str
     path: Path
     place: Place
+    folded: int
+    label: str
 
     def __call__(self, module: nn.Module, output: Any) -> Any:
+        if self.path and not holds(output, self.path):
+            raise ValueError(
+                f"the attention at {self.label!r} expected a tensor there, but {type(module).__name__} gave "
+                f"{type(output).__name__}, which has none: its output was another one when the network was wrapped. Wrap other "
+                'modules, at=["..."].'
+            )
         return replace_tensor(output, self.path, self.attention(module))
 
     def attention(self, module: nn.Module) -> nn.Module:
@@ -119,7 +129,7 @@ class Refinement:
     def site(self, carrier: str) -> Site:
         """The site under the name that its carrier has in a network."""
         module = carrier.removesuffix(self.beyond).removesuffix(".") if self.beyond else carrier
-        return Site(module=module, path=self.path, **as_place(self.place))
+        return Site(module=module, path=self.path, folded=self.folded, **as_place(self.place))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +166,8 @@ def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec) -> None:
         owner.add_module(child, attention)
         below = slot.owner.removeprefix(slot.carrier).removeprefix(".")
         beyond = slot.carrier.removeprefix(slot.module).removeprefix(".")
-        step = Refinement(f"{below}.{child}".removeprefix("."), beyond, slot.path, Place(**as_place(slot)))
+        place = Place(**as_place(slot))
+        step = Refinement(f"{below}.{child}".removeprefix("."), beyond, slot.path, place, slot.folded, slot.name)
         carry(model.get_submodule(slot.carrier), step)
 
 

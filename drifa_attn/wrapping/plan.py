@@ -1,8 +1,6 @@
 """`plan`: what `wrap` would do to a network, without doing it."""
 
-import difflib
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -10,19 +8,15 @@ import torch
 from torch import nn
 
 from drifa_attn.attention import ATTENTIONS, Init, Spec, cost
-from drifa_attn.checks import check_init, check_mapping, check_module, count
-from drifa_attn.layout import Layout, check_layout
-from drifa_attn.network.blocks import blocks, convolutions
-from drifa_attn.network.stages import stages
-from drifa_attn.network.survey import Survey, survey
+from drifa_attn.checks import check_init, check_module, count
+from drifa_attn.layout import Layout
+from drifa_attn.network.survey import survey
 
 from .inject import STEPS, Refinement, Slot
-from .rehearse import rehearse
+from .selection import At, check_at, checked_layouts, matching, placed_at
 from .table import plan_text
 
 Attention = str | Callable[..., nn.Module]
-At = str | Sequence[str] | Callable[[str, nn.Module], bool]
-WAYS = ("stage", "block", "conv")
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -104,26 +98,16 @@ def plan(
     check_at(at)
     given = attention, attention_options or {}
     spec = paper_spec(at, variant, reduction, init, given) if variant else checked_spec(*given, reduction, init)
-    named = None if at in WAYS else matching(model, at)
+    named = matching(model, at)
     found = survey(model, example_input, layouts=checked_layouts(layouts or {}))
-    chosen = named or selection(found, at, variant)
-    check_selected(layouts or {}, chosen)
-    sites, skipped = [], []
-    for name in chosen:
-        here, reasons = looked_at(found, name, is_named=isinstance(at, Sequence) and not isinstance(at, str))
-        sites += here
-        skipped += [(name, reason) for reason in reasons]
-    if not sites:
-        raise ValueError(nothing_found(found, at, skipped))
-    order = {name: call.order for name, call in found.first.calls.items()}
-    slots, doubled = apart(rehearse(found, sites), is_named=isinstance(at, Sequence) and not isinstance(at, str))
+    slots, skipped, notes = placed_at(found, at, named, variant=variant, layouts=layouts or {})
     return Plan(
         network=found.title,
         at='"paper"' if variant else getattr(at, "__name__", repr(at)),
         spec=spec,
-        sites=tuple(priced(slot, spec) for slot in sorted(slots, key=lambda slot: order[slot.module])),
-        skipped=(*skipped, *doubled),
-        notes=found.notes,
+        sites=tuple(priced(slot, spec) for slot in slots),
+        skipped=tuple(skipped),
+        notes=(*found.notes, *notes),
         params=sum(p.numel() for p in model.parameters()),
         flops=found.first.flops // max(found.first.batch, 1),
     )
@@ -149,12 +133,6 @@ def check_backbone(model: Any) -> None:
     check_network(model)
     if any(isinstance(step, Refinement) for module in model.modules() for step in vars(module).get(STEPS, ())):
         raise ValueError(f"{type(model).__name__} is wrapped already: drifa_attn.unwrap(model) first.")
-
-
-def check_at(at: Any) -> None:
-    """Raise unless this is a way to choose modules."""
-    if isinstance(at, type) or not (isinstance(at, str) or callable(at) or isinstance(at, Sequence)):
-        raise TypeError(f"at expected a string, a list of module names or a predicate, got {at!r}.")
 
 
 def checked_spec(attention: Attention, options: Mapping[str, Any], reduction: int | None, init: Init) -> Spec:
@@ -187,103 +165,8 @@ def paper_spec(at: At, variant: str, reduction: int | None, init: Init, given: t
     return Spec("mfa", {"reduction": None, "init": "paper"})
 
 
-def matching(model: nn.Module, at: At) -> list[str]:
-    """The names of the modules that a regex, a list of names or a predicate selects."""
-    names = [name for name, _ in model.named_modules() if name]
-    if isinstance(at, str):
-        return matching_pattern(model, at, names)
-    if callable(at):
-        found = [name for name, module in model.named_modules() if name and at(name, module)]
-        if not found:
-            raise ValueError(f"the predicate at= selected 0 of {len(names)} modules of {type(model).__name__}.")
-        return found
-    unknown = [name for name in at if name not in names]
-    if unknown or not at:
-        raise ValueError(
-            f"at= names no module of {type(model).__name__}: {unknown}{near(str(unknown[0]) if unknown else '', names)}."
-        )
-    return list(dict.fromkeys(at))
-
-
-def matching_pattern(model: nn.Module, at: str, names: list[str]) -> list[str]:
-    """The names that a regex matches as a whole."""
-    try:
-        pattern = re.compile(at)
-    except re.error as error:
-        raise ValueError(f"at={at!r} is no regex ({error}).") from error
-    found = [name for name in names if pattern.fullmatch(name)]
-    if not found:
-        raise ValueError(
-            f"at={at!r} matched 0 of {len(names)} modules of {type(model).__name__}: "
-            f'use "stage", "block", "conv" or a regex for whole names{near(at, names)}.'
-        )
-    return found
-
-
-def near(name: str, names: list[str]) -> str:
-    """Suggests similar names."""
-    alike = difflib.get_close_matches(name, names, 5, 0.4) or names[:5]
-    return f", for example {', '.join(alike)}" if alike else ""
-
-
-def checked_layouts(layouts: Mapping[str, Layout]) -> Mapping[str, Layout]:
-    """These layouts, each a known one."""
-    check_mapping("wrap", "layouts", layouts, "{module name: layout}")
-    for name, layout in layouts.items():
-        check_layout(f"layouts[{name!r}]", layout, 0)
-    return layouts
-
-
-def check_selected(layouts: Mapping[str, Layout], chosen: Collection[str]) -> None:
-    """Raise unless each of the layouts belongs to a module that was selected."""
-    for name in layouts:
-        if name not in chosen:
-            raise ValueError(f"layouts names {name!r}, which at= does not select; it selects {', '.join(chosen)}.")
-
-
-def selection(found: Survey, at: At, variant: str | None) -> list[str]:
-    """The modules that a way to choose them means."""
-    if variant:
-        return list(dict.fromkeys((*convolutions(found, shortcuts=False), *blocks(found))))
-    if at == "stage":
-        return stages(found)
-    return blocks(found) if at == "block" else convolutions(found, shortcuts=True)
-
-
-def looked_at(found: Survey, name: str, *, is_named: bool) -> tuple[list[Any], list[str]]:
-    """The sites of a module and the reasons against its other outputs; a name that the user wrote must have a site."""
-    here = found.found.get(name)
-    sites, reasons = (here.sites, here.reasons) if here else ([], ["it is not called"])
-    if is_named and not sites:
-        raise ValueError(f"{found.title}: no attention can go at {name!r}: {'; '.join(reasons)}.")
-    return sites, reasons
-
-
-def apart(slots: Sequence[Slot], *, is_named: bool) -> tuple[list[Slot], list[tuple[str, str]]]:
-    """The slots with one for each tensor, and the reasons against the others; names that the user wrote must not collide."""
-    taken: dict[tuple, Slot] = {}
-    doubled = []
-    for slot in sorted(slots, key=lambda slot: len(slot.module)):  # the outermost module keeps the tensor
-        first = taken.setdefault((slot.carrier, slot.path), slot)
-        if first is slot:
-            continue
-        if is_named:
-            raise ValueError(f"at= names {first.name!r} and {slot.name!r}, which give the same tensor: name one of them.")
-        doubled.append((slot.name, f"it gives the same tensor as {first.name}"))
-    return list(taken.values()), doubled
-
-
-def nothing_found(found: Survey, at: At, skipped: Sequence[tuple[str, str]]) -> str:
-    """The message for a network where attention has no place: what was looked at, and why it was left out."""
-    outline = [f"{name} ({type(module).__name__})" for name, module in found.modules.items() if name][:20]
-    looked = [f"{name}: {reason}" for name, reason in skipped] or outline or ["the network has no submodules"]
-    places = "\n  ".join(looked)
-    return (
-        f'{found.title} has no place for attention with at={at!r}. Looked at:\n  {places}\nName modules yourself, at=["..."].'
-    )
-
-
 def priced(slot: Slot, spec: Spec) -> PlannedSite:
     """The slot with its cost."""
     params, flops = cost(spec, slot)
-    return PlannedSite(**{field.name: getattr(slot, field.name) for field in fields(slot)}, params=params, flops=flops)
+    kept = {field.name: getattr(slot, field.name) for field in fields(slot)}
+    return PlannedSite(**kept, params=params, flops=flops * slot.folded)

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from drifa_attn.layout import as_place
 from drifa_attn.network.blocks import CONTAINERS
+from drifa_attn.network.inputs import resized
+from drifa_attn.network.modes import own_randomness
+from drifa_attn.network.record import Survey
 from drifa_attn.network.site import Site
-from drifa_attn.network.survey import Survey
+from drifa_attn.trees import map_tensors, tensors_in
 
 from .inject import Slot
 
@@ -34,8 +37,8 @@ class Probe(nn.Module):
         raise RunByOwnerError(self.owner)
 
 
-def rehearse(survey: Survey, sites: Sequence[Site]) -> list[Slot]:
-    """Where the attention of every site goes; a `ValueError` unless each would run exactly once in a forward."""
+def rehearse(survey: Survey, sites: Sequence[Site], *, repeated: bool = False) -> list[Slot]:
+    """Where the attention of every site goes; a `ValueError` unless each would run in a forward, once if not `repeated`."""
     avoid: set[str] = set()
     while True:
         slots = [slot_of(survey.clone, site, avoid) for site in sites]
@@ -44,8 +47,9 @@ def rehearse(survey: Survey, sites: Sequence[Site]) -> list[Slot]:
         except RunByOwnerError as error:
             avoid.add(str(error))
             continue
-        if sorted(fired) != sorted(site.name for site in sites):
-            raise ValueError(f"{survey.title}: attention would run at {sorted(fired)}, not once at {[s.name for s in sites]}.")
+        expected = sorted(site.name for site in sites)
+        if (sorted(set(fired)) if repeated else sorted(fired)) != expected:
+            raise ValueError(f"{survey.title}: attention would run at {sorted(fired)}, not once at {expected}.")
         return slots
 
 
@@ -62,7 +66,7 @@ def fire(survey: Survey, slots: Sequence[Slot]) -> list[str]:
         carrier = survey.clone.get_submodule(slot.carrier)
         handles.append(carrier.register_forward_hook(partial(note, fired, slot.name)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), own_randomness():
             survey.clone(*args, **kwargs)
     finally:
         for handle in handles:
@@ -70,6 +74,39 @@ def fire(survey: Survey, slots: Sequence[Slot]) -> list[str]:
         for owner, name in probes:
             delattr(owner, name)
     return fired
+
+
+def missing_in_training(survey: Survey, slots: Sequence[Slot]) -> tuple[dict[str, str], str]:
+    """The sites that a forward in training mode does not have, each with the reason; and why no such forward works, if so.
+
+    A detector's head may give boxes in eval mode and raw maps in training: the place of a tensor in it is of one mode alone.
+    """
+    reasons: dict[str, str] = {}
+    args, kwargs = map_tensors(survey.inputs, partial(resized, batch=survey.first.batch, axes=0))
+    handles = [
+        survey.clone.get_submodule(slot.carrier).register_forward_hook(partial(look, reasons, slot), prepend=True)
+        for slot in slots
+    ]
+    try:
+        with torch.no_grad(), own_randomness():
+            survey.clone.train()(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - a network may fail in training for want of labels
+        return reasons, f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.100}"
+    finally:
+        survey.clone.eval()
+        for handle in handles:
+            handle.remove()
+    return reasons, ""
+
+
+def look(reasons: dict[str, str], slot: Slot, module: nn.Module, args: tuple, output: Any) -> None:
+    """A forward hook that writes down why an output lacks the tensor of a site."""
+    tensor = dict(tensors_in(output)).get(slot.path)
+    axis = 1 if slot.layout == "b c ..." else -1
+    if tensor is None:
+        reasons[slot.name] = "in training mode the module's output has no tensor there"
+    elif tensor.ndim != len(slot.shape) + 1 or tensor.shape[axis] != slot.channels:
+        reasons[slot.name] = f"in training mode the module gives {tuple(tensor.shape)} there"
 
 
 def note(fired: list[str], name: str, *_: Any) -> None:
@@ -80,7 +117,8 @@ def note(fired: list[str], name: str, *_: Any) -> None:
 def slot_of(model: nn.Module, site: Site, avoid: set[str]) -> Slot:
     """A site with its carrier and its owner."""
     carrier = carrier_of(model, site.module)
-    return Slot(module=site.module, path=site.path, carrier=carrier, owner=owner_of(model, carrier, avoid), **as_place(site))
+    owner = owner_of(model, carrier, avoid)
+    return Slot(module=site.module, path=site.path, folded=site.folded, carrier=carrier, owner=owner, **as_place(site))
 
 
 def carrier_of(model: nn.Module, name: str) -> str:

@@ -106,6 +106,6 @@ def parts_of(model: nn.Module, classifier: Classifier) -> dict[int, str]:
     head = classifier_names(model, classifier) if named else []
     parts = {id(parameter): "head" for name in head for parameter in model.get_submodule(name).parameters()}
     for attention in attentions(model).values():
-        parts |= {id(parameter): "attention" for parameter in attention.parameters()}
+        parts |= {id(parameter): attention.part for parameter in attention.parameters()}
         parts |= {id(parameter): "strength" for name, parameter in attention.named_parameters() if name == "strength"}
     return parts

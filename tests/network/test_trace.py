@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from drifa_attn.network import survey
+from drifa_attn.network import features
 from drifa_attn.network.copies import meta_clone
 from drifa_attn.network.trace import trace
 from drifa_attn.trees import map_tensors, replace_tensor, tensors_in
@@ -22,7 +22,7 @@ def traced(forward, *shapes, **children):
 
 
 def is_live(record, name, path=(), prefix=0):
-    return survey.is_live(record, record.calls[name].outputs[path], prefix)
+    return features.is_live(record, record.calls[name].outputs[path], prefix)
 
 
 # Nested outputs ----------------------------------------------------------------------------------------------------------

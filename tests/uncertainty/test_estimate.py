@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from drifa_attn import Uncertainty, add_dropout, ensemble, fuse, mc_dropout
-from drifa_attn.uncertainty.estimate import random_sources
 from tests._compare import assert_close_rel, assert_same_bits, assert_same_math, exact
 from tests._uncertainty import FIELDS, Heads, Says, X, assert_same_result, members, modes, net, seeded
 from tests.networks import built
@@ -245,16 +243,6 @@ def test_the_global_generator_is_drawn_from_without_one_and_can_be_given():
     state = torch.get_rng_state()
     mc_dropout(model, X, 4, generator=torch.default_generator)
     assert not torch.equal(torch.get_rng_state(), state)
-
-
-def test_random_sources_are_those_of_every_device(monkeypatch):
-    """On devices that this machine need not have."""
-    two, apple = (torch.Generator(), torch.Generator()), torch.Generator()
-    monkeypatch.setattr(torch.cuda, "default_generators", two)
-    monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: apple)
-    held = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:1", "meta", "mps:0")]
-    model = SimpleNamespace(parameters=lambda: held[:2], buffers=lambda: held[2:])
-    assert random_sources([model], (X, [X])) == [torch.default_generator, two[1], apple]
 
 
 @pytest.mark.cuda

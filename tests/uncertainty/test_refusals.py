@@ -33,22 +33,23 @@ BAD = {
     "single logit": (
         lambda: ensemble(members(torch.randn(2, 5, 1)), X),
         ValueError,
-        r"member 0, got a single logit z, \(5, 1\): give two, torch\.cat",
+        r"member 0, gives one number for a sample, \(5, 1\), .*kinds=\"regression\" for a value, or \"multilabel\"",
     ),
     "vector": (
         lambda: ensemble(members(torch.randn(2, 5)), X),
         ValueError,
-        r"member 0, expected logits \(b k\) .*, got \(5,\)",
+        r"member 0, gives one number for a sample, \(5,\), .*kinds=\"regression\"",
     ),
     "no class": (lambda: ensemble(members(torch.randn(2, 5, 0)), X), ValueError, r"k >= 2, got \(5, 0\)"),
-    "maps": (lambda: ensemble(members(torch.randn(2, 5, 3, 4, 4)), X), ValueError, r"k >= 2, got \(5, 3, 4, 4\)"),
+    "single map": (lambda: ensemble(members(torch.randn(2, 5, 1, 4)), X), ValueError, r"one number .*, \(5, 1, 4\), .*kinds="),
+    "number": (lambda: ensemble(members(torch.randn(2)), X), ValueError, r"expected classes \(b k …\) .*, got \(\)"),
     "classes": (lambda: ensemble(members(torch.ones(2, 5, 3).long()), X), TypeError, r"floating-point .*, got torch\.int64"),
-    "text": (lambda: ensemble([Says("a"), Says("b")], X), TypeError, r"one floating-point tensor \(b k\) per head, got str"),
+    "text": (lambda: ensemble([Says("a"), Says("b")], X), TypeError, r"floating-point tensor \(b k …\) .* got str: .*heads="),
     "nothing": (lambda: ensemble([Says({}), Says({})], X), ValueError, r"expected logits from the model, got none: \{\}"),
     "head": (
         lambda: ensemble([Says({"a": torch.randn(5)}), Says({"a": torch.randn(5)})], X),
         ValueError,
-        r"ensemble, member 0, head 'a' expected logits \(b k\)",
+        r"ensemble, member 0, head 'a' gives one number .*kinds=\{'a': \"regression\"\}",
     ),
     "unlike": (
         lambda: ensemble([Says(torch.randn(5, 3)), Says(torch.randn(5, 3)), Says(torch.randn(5, 4))], X),

@@ -1,4 +1,4 @@
-"""Behind the branches: their vectors side by side."""
+"""The control: every branch to its end, and their vectors side by side."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .protocol import Places, Readout
+from .vectors import scaled
 
 
 class Concatenated(Readout):
-    """The vectors of all branches side by side, `[f_1 ; … ; f_m]`.
+    """The vectors of all branches side by side, `[v_1 ; … ; v_m]`.
 
     The vector of an absent modality is zero, and the others are scaled by m over the number of modalities that are present, so
     that the sum which a linear head computes keeps its size.
@@ -31,7 +32,4 @@ class Concatenated(Readout):
 
     def forward(self, vectors: list[Tensor], kept: Mapping[int, list[Tensor]], present: Tensor | None) -> Tensor:
         """The vector of every sample."""
-        if present is not None:
-            number = present.sum(1, keepdim=True).clamp(min=1)
-            vectors = [torch.where(present[:, i, None], v, 0) * (len(vectors) / number) for i, v in enumerate(vectors)]
-        return torch.cat(vectors, 1)
+        return torch.cat(scaled(vectors, present), 1)
