@@ -99,19 +99,33 @@ def pool_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(mask[:, None], x, 0).sum(-1, dtype=vector_dtype(x)) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
+def largest(x: Tensor) -> Tensor:
+    """The maximum over positions; tied ones share its gradient equally, in compiled code the first of them takes it.
+
+    Compiled code may compute x again for backward, with other bits, and then finds no value that equals the maximum: it keeps
+    the place of the maximum instead.
+    """
+    return x.max(-1).values if torch.compiler.is_compiling() else x.amax(-1)
+
+
+def smallest(x: Tensor) -> Tensor:
+    """The minimum over positions, as `largest`."""
+    return x.min(-1).values if torch.compiler.is_compiling() else x.amin(-1)
+
+
 def pool_max(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The maximum over positions; tied ones share its gradient equally; zero where a mask leaves none: `b c n -> b c`."""
+    """The maximum over positions, see `largest` for ties; zero where a mask leaves none: `b c n -> b c`."""
     if mask is None:
-        return x.amax(-1).to(vector_dtype(x))
-    best = torch.where(mask[:, None], x, -math.inf).amax(-1)
+        return largest(x).to(vector_dtype(x))
+    best = largest(torch.where(mask[:, None], x, -math.inf))
     return torch.where(mask.any(-1, keepdim=True), best, 0).to(vector_dtype(x))
 
 
 def pool_min(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The minimum over positions; tied ones share its gradient equally; zero where a mask leaves none: `b c n -> b c`."""
+    """The minimum over positions, see `largest` for ties; zero where a mask leaves none: `b c n -> b c`."""
     if mask is None:
-        return x.amin(-1).to(vector_dtype(x))
-    best = torch.where(mask[:, None], x, math.inf).amin(-1)
+        return smallest(x).to(vector_dtype(x))
+    best = smallest(torch.where(mask[:, None], x, math.inf))
     return torch.where(mask.any(-1, keepdim=True), best, 0).to(vector_dtype(x))
 
 
