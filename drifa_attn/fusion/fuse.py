@@ -43,7 +43,7 @@ def fuse(
 
     Args:
         backbones: {modality: network}, at least one; used in place, wrapped or not; only the classifier is taken off.
-        tasks: {task: classes}, at least one.
+        tasks: {task: how many outputs its head has}, at least one: classes, or with `kinds` of `TaskLoss` labels or values.
         at: "stage" pairs stages by reduction where the networks share at least two, else by fraction of depth; "block" pairs
             blocks by fraction of depth, and stages in a network without blocks; or a list with one {modality: module name} per
             stage, in calling order.
@@ -130,9 +130,9 @@ def check_backbones(backbones: Any) -> None:
 
 
 def checked_tasks(tasks: Any) -> dict[str, int]:
-    """These numbers of classes by task."""
+    """These numbers of outputs by task."""
     check_names("tasks", tasks)
-    return {task: count("fuse", f"tasks[{task!r}]", classes) for task, classes in tasks.items()}
+    return {task: count("fuse", f"tasks[{task!r}]", outputs) for task, outputs in tasks.items()}
 
 
 def check_names(what: str, mapping: Any) -> None:
