@@ -5,14 +5,14 @@ import tempfile
 import pytest
 
 
-def refused(capsys, main, arguments):
-    """The one line that a command answers with; it must have printed nothing else."""
+def refused(capsys, main, arguments, *, silent=True):
+    """The one line that a command answers with; one that is not `silent` may have printed what it read."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     printed, said = capsys.readouterr()
     assert ended.value.code == 2, said
-    assert printed == ""
+    assert not printed or not silent
     assert said.count("\n") == 1, said
     assert "error: " in said
     return said

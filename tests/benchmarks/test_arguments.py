@@ -1,11 +1,11 @@
 """Every argument of every command of the benchmarks, with bad values of every kind: one line, status 2, nothing measured."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 
+import drifa_attn
 from benchmarks import __main__ as command
 from benchmarks import kernels, matrix, rows
 from benchmarks.rows import NAMES, Row, read, write
@@ -128,11 +128,8 @@ def test_a_run_without_one_measured_row_ends_with_status_1(monkeypatch, capsys):
 def test_a_report_of_nothing_and_of_damaged_rows_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
     assert "holds no rows: python -m benchmarks bench measures some" in refused(capsys, command.main, ["report"])
-    folder = tmp_path / command.ops.library.__name__.partition(".")[0]
-    shutil.rmtree(folder, ignore_errors=True)
-    version = tmp_path / __import__("drifa_attn").__version__
-    version.mkdir()
-    (version / "cpu-layers.csv").write_text(DATA)
+    (tmp_path / drifa_attn.__version__).mkdir()
+    (tmp_path / drifa_attn.__version__ / "cpu-layers.csv").write_text(DATA)
     assert "cpu-layers.csv, line 1, holds no row of a benchmark" in refused(capsys, command.main, ["report"])
 
 
@@ -153,8 +150,12 @@ def test_a_bad_argument_of_kernels_is_one_line(arguments, message, capsys):
     assert message in refused(capsys, kernels.main, arguments.split())
 
 
+def missing(*_):
+    raise ModuleNotFoundError("No module named 'no_such_triton'")
+
+
 def test_kernels_without_triton_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "launches", lambda *_: __import__("no_such_triton"))
+    monkeypatch.setattr(kernels, "launches", missing)
     assert "No module named 'no_such_triton'" in refused(capsys, kernels.main, [])
 
 
