@@ -1,6 +1,5 @@
 """What is measured: the flags, a case, and the ways in which a module can be computed."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -107,14 +106,3 @@ def peers(module: nn.Module) -> Callable[..., Any]:
 
 # How a module can be computed. To add one, add a function that makes a module into what is called.
 PROVIDERS = {"eager": eager, "compile": compiled, "fused": fused, "auto": auto, "peers": peers}
-
-
-def shape(value: str) -> tuple[int, ...]:
-    """A shape from its text, as a flag's type."""
-    try:
-        sizes = tuple(int(size) for size in value.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected sizes as 8x64x56x56, got {value!r}") from None
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected sizes >= 1, got {value!r}")
-    return sizes

@@ -1,7 +1,8 @@
 """Compiles every launch configuration of the Triton kernels ahead of time, without a GPU, and reads the machine code.
 
-`python -m benchmarks.kernels` prints a table and writes it to `benchmarks/kernels.md`. The launches are those of the operators:
-they run on meta tensors, and every kernel that they would launch is compiled for each compute capability instead.
+`python -m benchmarks.kernels` prints a table and, if it is whole, writes it to `benchmarks/kernels.md`. The launches are those
+of the operators: they run on meta tensors, and every kernel that they would launch is compiled for each compute capability
+instead.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+
+from .arguments import Parser, count, output
 
 PACKAGE = "drifa_attn.ops.triton"
 MODULES = ["common", "products", "mfa", "mfa_backward", "mifa", "gate"]
@@ -253,8 +256,8 @@ No GPU took part, and none of this is a timing. The configurations were chosen f
 
 - {len(results) - len(codes)} do not compile.
 - Forward launches that spill or use a stack: {spilling(forward)}.
-- Others: {spilling(backward)}, with at most {max(code.stack for code in codes)} bytes a thread.
-- The largest shared memory is {max(code.shared for code in codes)} bytes.
+- Others: {spilling(backward)}, with at most {max((code.stack for code in codes), default=0)} bytes a thread.
+- The largest shared memory is {max((code.shared for code in codes), default=0)} bytes.
 
 A launch is listed under the first op that makes it.
 
@@ -262,24 +265,37 @@ A launch is listed under the first op that makes it.
 """
 
 
-def main() -> None:
-    """Compile, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=sorted(SHARED_LIMIT), help="80 for 8.0 (default: all)")
+def flags() -> Parser:
+    """The command line."""
+    parser = Parser("python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = sorted(SHARED_LIMIT)
+    parser.add_argument("--capability", type=int, nargs="+", default=known, choices=known, help="80 for 8.0 (default: all)")
     parser.add_argument(
         "--only", default="", help="launches of ops whose label contains this, such as '784 nhwc' (default: all)"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    options = parser.parse_args()
-    chosen = launches(options.capability, options.only)
+    parser.add_argument("--out", type=output, help="default: kernels.md for the whole table; a part of it is only printed")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count())
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compile, print, write."""
+    parser = flags()
+    options = parser.parse_args(arguments)
+    is_whole = not options.only and set(options.capability) == set(SHARED_LIMIT)
+    with parser.explained():
+        out = options.out or (output(str(Path(__file__).with_suffix(".md"))) if is_whole else None)
+        chosen = launches(options.capability, options.only)
+        if not chosen:
+            raise ValueError(f"--only {options.only!r} is in no label; one is {next(iter(cases()))[2]!r}.")
     results = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for result in pool.map(attempt, chosen):
             results.append(result)
             print(f"{len(results)} of {len(chosen)}", end="\r", file=sys.stderr)
     print(table(results))
-    options.out.write_text(report(results, chosen))
+    if out:
+        out.write_text(report(results, chosen))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ from drifa_attn.network.site import Site
 from drifa_attn.trees import at_path, tensors_in
 from drifa_attn.wrapping.inject import placed
 
+from .arguments import Parser, output
+
 FAMILIES = timm.list_modules()
+VERSIONS = {"timm": timm.__version__, "torch": torch.__version__, "drifa_attn": drifa_attn.__version__}
 REPORT = Path(__file__).with_name("coverage.md")
 DONE = Path("outputs/matrix.jsonl")
 WAYS = ("stage", "block")
@@ -232,15 +235,36 @@ def line(family: str, row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def done() -> dict[str, dict[str, Any]]:
+    """The families that an earlier run has finished; a `ValueError` if its file is damaged, or of other versions."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, text in enumerate(DONE.read_text().splitlines() if DONE.exists() else (), 1):
+        try:
+            family, row = json.loads(text)
+            same = row["versions"] == VERSIONS
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{DONE}, line {number}, is damaged ({error}): delete the line to do its family again.") from error
+        if not same:
+            raise ValueError(f"{DONE} is of {row['versions']}, this is {VERSIONS}: delete the file to begin again.")
+        found[family] = row
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Run the families that are not done yet, and write the table when all are."""
+    parser = Parser("python -m benchmarks.matrix", description=__doc__)
+    parser.parse_args(arguments)
+    with parser.explained():
+        for path in (DONE, REPORT):
+            output(str(path))
+        found = done()
     torch.set_num_threads(os.cpu_count() or 1)
     DONE.parent.mkdir(exist_ok=True)
-    found = dict(json.loads(row) for row in DONE.read_text().splitlines()) if DONE.exists() else {}
     for family in track([family for family in FAMILIES if family not in found], description="families of timm"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found[family] = {"plans": plans_of(family), "wrapped": wrapped(family), "fused": fused(family)}
+        found[family]["versions"] = VERSIONS
         with DONE.open("a") as file:
             file.write(json.dumps([family, found[family]]) + "\n")
     REPORT.write_text(report(found))

@@ -182,6 +182,8 @@ def report() -> None:
     """Draw the plots and write the tables."""
     folder = RESULTS / drifa_attn.__version__
     rows = counted(folder)
+    if not rows:
+        raise ValueError(f"{folder} holds no rows: python -m benchmarks bench measures some.")
     for path in draw(rows, folder):
         print(path)
     README.write_text(filled(README.read_text(), Found(rows)))

@@ -83,7 +83,7 @@ NUMBERS = {"p50": float, "p20": float, "p80": float, "peak": float, "kept": floa
 def write(rows: Iterable[Row], path: Path) -> None:
     """Append rows to a CSV file, with its header where it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, NAMES, lineterminator="\n")
         if new:
@@ -94,16 +94,31 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV file; a `ValueError` if it is none of ours."""
+    """The rows of a CSV file; a `ValueError` if it is none of ours, or damaged."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) not in (NAMES, BEFORE):
-            raise ValueError(f"{path} has the columns {reader.fieldnames}, not {list(NAMES)}.")
-        return [parsed(line) for line in reader]
+        try:
+            if tuple(reader.fieldnames or ()) not in (NAMES, BEFORE):
+                raise ValueError(f"it has the columns {reader.fieldnames}, not {list(NAMES)}")
+            return [parsed(line) for line in reader]
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"{path}, line {reader.line_num}, holds no row of a benchmark: {error}.") from error
+
+
+def check_appendable(path: Path) -> None:
+    """Raise a `ValueError` unless rows can be appended to a file: it is new or empty, or holds whole rows of this form."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    read(path)
+    text = path.read_text()
+    if not text.endswith("\n") or tuple(text.partition("\n")[0].split(",")) != NAMES:
+        raise ValueError(f"{path} ends within a row, or its rows are of 0.1.0: name a new file.")
 
 
 def parsed(line: dict[str, str]) -> Row:
     """A row from its strings."""
+    if None in line or None in line.values():
+        raise ValueError("it has more or fewer cells than there are columns")
     values: dict[str, Any] = {**line, "threads": int(line["threads"])}
     for name, number in NUMBERS.items():
         values[name] = number(line[name]) if line[name] else None

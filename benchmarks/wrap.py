@@ -94,6 +94,8 @@ def setup(name: str, way: str, shape: tuple[int, ...], options: Options) -> Setu
 def cases(options: Options) -> Iterator[list[Case]]:
     """All forms of one backbone, side by side."""
     for shape in options.sizes([(1, 3, 224, 224)], [(64, 3, 224, 224)]):
+        if shape[1] != 3:
+            raise ValueError(f"--shape {text(shape)} has {shape[1]} channels: these networks take images of 3.")
         for name in NETWORKS:
             ours = [(way, provider) for way in WAYS for provider in ("eager", "compile", "fused", "auto")]
             yield [

@@ -9,11 +9,9 @@ Without `--data` the views are the upper, middle and lower rows of scikit-learn'
 `labels` (n) and a view (n, features) a name, or `train_…` and `test_…` of each; views without a `test_…` are missing there.
 """
 
-import argparse
 import copy
 import itertools
 import json
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -37,6 +35,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import drifa_attn
+from examples.arguments import Parser, check_files, output, source
+from examples.drifa_net.sources.npz import arrays_of
 from examples.tables import markdown, mean_sd
 
 STEPS, RATE, BATCH, WIDTH = 150, 5e-3, 128, 64  # chosen for time and convergence on training samples
@@ -71,52 +71,74 @@ class Samples:
         return Samples({name: view[rows] for name, view in self.views.items()}, self.labels[rows])
 
 
-def embedded() -> Samples:
+def embedded() -> dict[str, np.ndarray]:
     """The digits of scikit-learn as three views: rows 1 to 3, 4 and 5, 6 to 8 of each image."""
     images, labels = load_digits(return_X_y=True)
-    upper, middle, lower = np.split(images.astype(np.float32), [24, 40], axis=1)
-    return Samples({"upper": upper, "middle": middle, "lower": lower}, labels.astype(np.int64))
+    upper, middle, lower = np.split(images, [24, 40], axis=1)
+    return {"labels": labels, "upper": upper, "middle": middle, "lower": lower}
 
 
-def read(path: Path, names: Sequence[str] | None) -> tuple[Samples, Samples | None]:
-    """The samples of an archive and, where it has them, its test samples."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: name an npz archive, or leave --data out for the embedded digits.")
-    try:
-        with np.load(path) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (zipfile.BadZipFile, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no npz archive of plain arrays ({error}): write it with numpy.savez.") from error
+def read(path: Path | None, names: Sequence[str] | None = None) -> tuple[Samples, Samples | None]:
+    """The samples of an archive, or the embedded ones, and its test samples if it has some; of the views named, or of all."""
+    arrays = arrays_of(path) if path else embedded()
+    where = str(path or "the digits")
     prefix = "train_" if "train_labels" in arrays else ""
-    samples = chosen(path, arrays, prefix, names)
-    test = chosen(path, arrays, "test_", list(samples.views), missing=True) if "test_labels" in arrays else None
-    return samples, test
+    labels = labels_of(where, arrays, f"{prefix}labels")
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(f"{where} has one class alone: it needs at least two.")
+    if counts.min() < FOLDS:
+        rare, count = classes[counts.argmin()], counts.min()
+        raise ValueError(f"class {rare} of {where} has {count} samples: {FOLDS} folds need at least as many of each.")
+    views = views_of(where, arrays, prefix, len(labels))
+    if unknown := [name for name in names or () if name not in views]:
+        raise ValueError(f"{where} has no view {unknown[0]!r} of {len(labels)} samples: it has {', '.join(views) or 'none'}.")
+    samples = Samples({name: views[name] for name in names or views}, np.searchsorted(classes, labels))
+    if len(samples.views) < 2:
+        raise ValueError(f"{where} has {len(samples.views)} views ({', '.join(samples.views)}): fusion needs at least two.")
+    check_finite(where, samples.views)
+    return samples, tests(where, arrays, samples, classes) if "test_labels" in arrays else None
 
 
-def chosen(
-    path: Path, arrays: dict[str, np.ndarray], prefix: str, names: Sequence[str] | None, *, missing: bool = False
-) -> Samples:
-    """The views with this prefix: those named, or all there are."""
-    if f"{prefix}labels" not in arrays:
-        raise ValueError(f"{path} holds no labels: it needs an array 'labels', or 'train_labels' and 'test_labels'.")
-    labels = arrays[f"{prefix}labels"].astype(np.int64)
-    found = {
+def tests(where: str, arrays: dict[str, np.ndarray], samples: Samples, classes: np.ndarray) -> Samples:
+    """The test samples of an archive, of the views that are trained on."""
+    labels = labels_of(where, arrays, "test_labels")
+    if other := set(labels.tolist()) - set(classes.tolist()):
+        raise ValueError(f"{where} has test samples of class {min(other)}, which no training sample has: leave them out.")
+    found = views_of(where, arrays, "test_", len(labels))
+    views = {name: found[name] for name in samples.views if name in found}
+    if not views:
+        raise ValueError(f"{where} has test labels but none of the views at test: add some, or leave the labels out.")
+    check_finite(where, views)
+    for name, view in views.items():
+        if view.shape[1:] != samples.views[name].shape[1:]:
+            raise ValueError(f"view {name!r} of {where} has other features at test than in training.")
+    return Samples(views, np.searchsorted(classes, labels))
+
+
+def labels_of(where: str, arrays: dict[str, np.ndarray], key: str) -> np.ndarray:
+    """The class of each sample, as an archive numbers it."""
+    if key not in arrays:
+        raise ValueError(f"{where} holds no labels: it needs an array 'labels', or 'train_labels' and 'test_labels'.")
+    if arrays[key].ndim != 1 or arrays[key].dtype.kind not in "iub" or not len(arrays[key]):
+        raise ValueError(f"{where} needs an integer for each sample as {key}, got {arrays[key].dtype} {arrays[key].shape}.")
+    return arrays[key].astype(np.int64)
+
+
+def views_of(where: str, arrays: dict[str, np.ndarray], prefix: str, samples: int) -> Views:
+    """Every array with this prefix that has a row of numbers for each sample."""
+    return {
         key.removeprefix(prefix): array.astype(np.float32)
         for key, array in arrays.items()
-        if key.startswith(prefix) and array.ndim == 2 and len(array) == len(labels) and array.dtype.kind in "fiu"
+        if key.startswith(prefix) and array.ndim == 2 and len(array) == samples and array.dtype.kind in "fiu" and array.size
     }
-    if unknown := [name for name in names or () if name not in found and not missing]:
-        raise ValueError(f"{path} has no view {unknown[0]!r} of {len(labels)} samples: it has {', '.join(found) or 'none'}.")
-    views = {name: found[name] for name in names or found if name in found}
-    if len(views) < 2 and not missing:
-        raise ValueError(f"{path} has {len(views)} views ({', '.join(views)}): fusion needs at least two.")
+
+
+def check_finite(where: str, views: Views) -> None:
+    """Raise a `ValueError` unless all values of these views are numbers."""
     for name, view in views.items():
         if not np.isfinite(view).all():
-            raise ValueError(f"view {name!r} of {path} holds values that are not finite: leave those samples out.")
-    if not missing and (counts := np.bincount(labels))[counts > 0].min() < FOLDS:
-        rare = int(np.flatnonzero((counts > 0) & (counts < FOLDS))[0])
-        raise ValueError(f"class {rare} of {path} has {counts[rare]} samples: {FOLDS} folds need at least as many of each.")
-    return Samples(views, labels)
+            raise ValueError(f"view {name!r} of {where} holds values that are not finite: leave those samples out.")
 
 
 def standardised(training: Samples, test: Samples) -> tuple[Samples, Samples]:
@@ -279,22 +301,23 @@ def draw(result: dict[str, Any]) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, write the JSON, the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="an npz archive; without it scikit-learn's digits")
-    parser.add_argument("--views", nargs="+", metavar="NAME", help="views of the archive to use; all by default")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the results")
+    parser = Parser("python examples/missing_modalities.py", __doc__)
+    parser.add_argument("--data", type=source, help="an npz archive; without it scikit-learn's digits")
+    parser.add_argument("--views", nargs="+", metavar="NAME", help="views to use; all by default")
+    parser.add_argument("--output", type=output, default="outputs", help="folder for the results")
     parser.add_argument("--fast", action="store_true", help="one seed and five steps: seconds, and no result")
     options = parser.parse_args(argv)
-    try:
-        samples, test = read(options.data, options.views) if options.data else (embedded(), None)
-    except ValueError as error:
-        parser.error(str(error))
+    name = options.data.stem if options.data else "scikit-learn digits"
+    files = [f"missing_modalities_{name.replace(' ', '_')}.{suffix}" for suffix in ("json", "md", "png")]
+    with parser.explained():
+        samples, test = read(options.data, options.views)
+        check_files(options.output, files)
     seeds, steps = (1, 5) if options.fast else (SEEDS, STEPS)
     console = Console(highlight=False)
     total = seeds * (FOLDS + (test is not None))
     found = list(track(runs(samples, test, seeds, steps), total=total, description="folds and seeds", console=console))
     result: dict[str, Any] = {
-        "data": options.data.stem if options.data else "scikit-learn digits",
+        "data": name,
         "samples": len(samples.labels),
         "test_samples": len(test.labels) if test else 0,
         "classes": len(set(samples.labels.tolist())),
@@ -306,12 +329,12 @@ def main(argv: list[str] | None = None) -> None:
         "scores": gathered(found),
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"missing_modalities_{result['data'].replace(' ', '_')}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(result))
-    draw(result).savefig(stem.with_suffix(".png"), dpi=110)
+    numbers, text, picture = (options.output / file for file in files)
+    numbers.write_text(json.dumps(result, indent=1) + "\n")
+    text.write_text(table(result))
+    draw(result).savefig(picture, dpi=110)
     console.print(Markdown(table(result)))
-    console.print(f"Written: {stem}.json, .md and .png")
+    console.print(f"Written to {options.output}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

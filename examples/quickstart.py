@@ -4,7 +4,6 @@ An EfficientNet-Lite0 with ImageNet weights has to tell handwritten digits apart
 as they are. What is trained is once a new head alone, and once drifa_attn and the new head.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, TensorDataset
 
 import drifa_attn
+from examples.arguments import Parser, check_files, output
 from examples.does_it_help.networks import lite0
 from examples.tables import mean_sd
 
@@ -42,6 +42,7 @@ HEAD, ATTENTION = "head only", "attention + head"
 COSTS = {HEAD: 1, ATTENTION: 3.5}  # of one image, about: attention needs a backward pass through the frozen network
 COLOURS = {HEAD: "#7f8c9b", ATTENTION: "#b2182b"}
 ATTENDS = 0.03  # a gain that varies less than this over images does hardly attend
+FILES = ("quickstart.safetensors", "quickstart.pt", "quickstart.png", "quickstart-gradcam.png")
 CAM_LAYER = "blocks.4"  # the deepest with enough positions for a picture
 
 Images = tuple[Tensor, Tensor]  # pixels b 3 64 64, classes b
@@ -204,11 +205,10 @@ def verdict(spreads: dict[str, float]) -> str:
 class Demo:
     """What the steps share: the options, the images, and one progress bar over all training, in images times what they cost."""
 
-    def __init__(self, output: Path, *, fast: bool, console: Console, progress: Progress) -> None:
+    def __init__(self, folder: Path, *, fast: bool, console: Console, progress: Progress) -> None:
         self.console, self.progress = console, progress
         self.seeds, self.epochs = (1, 1) if fast else (3, EPOCHS)
-        self.small, self.whole = (output / f"quickstart.{suffix}" for suffix in ("safetensors", "pt"))
-        self.picture, self.cams = output / "quickstart.png", output / "quickstart-gradcam.png"
+        self.small, self.whole, self.picture, self.cams = (folder / name for name in FILES)
         self.training, self.validation, self.test = digits((64, 50, 100) if fast else (TRAINING, VALIDATION, TEST))
         self.seconds: dict[str, list[float]] = {HEAD: [], ATTENTION: []}
         self.task = progress.add_task("", total=self.epochs * self.seeds * sum(COSTS.values()))
@@ -303,10 +303,13 @@ class Demo:
 
 def main(argv: list[str] | None = None) -> None:
     """Wrap, calibrate, fine-tune, save, reload, draw."""
-    parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the pictures and the files")
+    parser = Parser("python -m examples.quickstart", __doc__)
+    parser.add_argument("--output", type=output, default="outputs", help="folder for the pictures and the files")
     parser.add_argument("--fast", action="store_true", help="one seed and one epoch of everything: seconds, and no result")
     options = parser.parse_args(argv)
+    with parser.explained():
+        check_files(options.output, FILES)
+        lite0()  # whose weights come in a package
     options.output.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
     console.print(

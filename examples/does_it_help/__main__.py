@@ -11,61 +11,96 @@ Each run is a row that is written when it is finished. A stopped comparison goes
 """
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 
+import timm
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import drifa_attn
+from examples.arguments import Parser, check_files, integer, output, source
+
 from .arms import ARMS
-from .data import read
-from .networks import LITE0, SITES
+from .data import Collection, check, read
+from .networks import LITE0, SITES, lite0
 from .protocol import Protocol, Rows, runs, steps
-from .report import report
+from .report import files, report, stored
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def parsed(argv: list[str] | None) -> argparse.Namespace:
+RUN_ONLY = ("data", "size", "network", "sites", "arms", "seeds", "images", "epochs")
+QUICK = {"seeds": 2, "images": 200, "epochs": 2, "rates": (1e-2,)}
+USUAL = {"seeds": 5, "images": 1000, "epochs": 8, "rates": Protocol.rates}
+
+
+def flags() -> Parser:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m examples.does_it_help", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="a .npz archive, or a folder with train/, validation/ and test/")
-    parser.add_argument("--size", type=int, default=64, help="to which images of a folder are resized")
+    parser = Parser("python -m examples.does_it_help", __doc__)
+    parser.add_argument("--data", type=source, help="a .npz archive, or a folder with train/, validation/ and test/")
+    parser.add_argument("--size", type=integer(1), default=64, help="to which images of a folder are resized")
     parser.add_argument("--network", default=LITE0, help=f"a timm name; all but {LITE0} need a network connection")
     parser.add_argument("--sites", nargs="+", default=list(SITES), help="where attention goes")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=1000, help="how many training images, drawn anew by each seed")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--output", type=Path, help="folder of the rows, the tables and the pictures")
+    parser.add_argument("--seeds", type=integer(1), help="of the test (default: 5)")
+    parser.add_argument("--images", type=integer(1), help="how many training images, drawn anew by each seed (default: 1000)")
+    parser.add_argument("--epochs", type=integer(1), help="of every run (default: 8)")
+    parser.add_argument("--output", type=output, help="folder of the rows, the tables and the pictures")
     parser.add_argument(
-        "--quick", action="store_true", help="two seeds, two epochs, one rate: about two minutes, and no result"
+        "--quick",
+        action="store_true",
+        help="one rate and, unless given, 2 seeds, 200 images, 2 epochs: about two minutes, and no result",
     )
     parser.add_argument("--report", action="store_true", help="only write tables and pictures from the rows that are there")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then report."""
-    options = parsed(argv)
+    parser = flags()
+    options = parser.parse_args(argv)
     output = options.output or (Path("outputs/does_it_help") if options.quick else RESULTS)
     console = Console(highlight=False, soft_wrap=True)
-    if not options.report:
-        run(options, output, console)
+    if options.report:
+        parser.refuse(options, RUN_ONLY, "is not for --report.")
+        with parser.explained():
+            if not stored(output):
+                raise ValueError(f"{output} holds no rows of a test to report: run a comparison first, or name its --output.")
+    else:
+        if options.data is None or options.data.is_file():
+            parser.refuse(options, ("size",), "is for folders of images.")
+        with parser.explained():
+            prepared = prepare(options, output)
+        run(*prepared, options.arms, console)
     report(output, console)
 
 
-def run(options: argparse.Namespace, output: Path, console: Console) -> None:
-    """Every run that has no row yet."""
-    output.mkdir(parents=True, exist_ok=True)
+def prepare(options: argparse.Namespace, output: Path) -> tuple[Collection, Protocol, Rows]:
+    """The images, what all arms have in common, and the rows so far; a `ValueError` unless every arm can run."""
+    settings = {name: getattr(options, name, None) or usual for name, usual in (QUICK if options.quick else USUAL).items()}
+    protocol = Protocol(network=options.network, sites=tuple(options.sites), **settings)
+    if "LoRA" in options.arms and importlib.util.find_spec("peft") is None:
+        raise ValueError("the arm LoRA needs peft: pip install peft, or name the other --arms.")
     collection = read(options.data, options.size)
-    settings = {"seeds": 2, "images": 200, "epochs": 2, "rates": (1e-2,)} if options.quick else {}
-    protocol = Protocol(
-        network=options.network,
-        sites=tuple(options.sites),
-        **({"seeds": options.seeds, "images": options.images, "epochs": options.epochs} | settings),
-    )
+    check(collection, protocol.images, protocol.batch)
+    check_files(output, files(collection.name))
+    stored(output)  # the report will read all of it
     rows = Rows(output / f"{collection.name}.jsonl", protocol)
+    if protocol.network == LITE0:
+        lite0()  # whose weights come in a package
+    if not timm.is_model(protocol.network):
+        raise ValueError(f"--network: timm has no network {protocol.network!r}.")
+    with torch.device("meta"):
+        drifa_attn.plan(timm.create_model(protocol.network), options.sites, example_input=collection.parts["train"].images[:1])
+    return collection, protocol, rows
+
+
+def run(collection: Collection, protocol: Protocol, rows: Rows, arms: list[str], console: Console) -> None:
+    """Every run that has no row yet."""
+    rows.path.parent.mkdir(parents=True, exist_ok=True)
     columns = (
         TextColumn("{task.description:<40}"),
         BarColumn(),
@@ -74,13 +109,13 @@ def run(options: argparse.Namespace, output: Path, console: Console) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(collection.name, total=len(options.arms) * (protocol.seeds + len(protocol.rates)))
-        for description, finished in runs(collection, protocol, options.arms, rows):
+        task = progress.add_task(collection.name, total=len(arms) * (protocol.seeds + len(protocol.rates)))
+        for description, finished in runs(collection, protocol, arms, rows):
             progress.update(task, description=description, completed=finished)
-    timed = output / f"{collection.name}-steps.json"
+    timed = rows.path.with_name(f"{collection.name}-steps.json")
     if not timed.exists():
         console.print("Measuring the time of a step, all arms side by side.")
-        timed.write_text(json.dumps(steps(collection, protocol, options.arms), indent=1) + "\n")
+        timed.write_text(json.dumps(steps(collection, protocol, arms), indent=1) + "\n")
 
 
 if __name__ == "__main__":

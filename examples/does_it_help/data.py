@@ -83,3 +83,16 @@ def read(path: Path | None, size: int) -> Collection:
     if path is None:
         return digits()
     return folders(path, size) if path.is_dir() else archive(path)
+
+
+def check(collection: Collection, images: int, batch: int) -> None:
+    """Raise a `ValueError` unless there are so many training images, a batch at least, and each part has every class."""
+    there = len(collection.parts["train"])
+    if not batch <= images <= there:
+        raise ValueError(f"--images {images}: {collection.name} has {there} to train on, and a batch needs {batch}.")
+    for name, part in collection.parts.items():
+        missing = set(range(len(collection.classes))) - set(part.labels.tolist())
+        if missing:
+            raise ValueError(f"the {name} images of {collection.name} have none of class {collection.classes[min(missing)]!r}.")
+    if len(collection.classes) < 2:
+        raise ValueError(f"{collection.name} has one class alone: it needs at least two.")

@@ -22,6 +22,7 @@ from .networks import pretrained
 
 CHOOSING = 1000  # the seed that rates are chosen with; the seeds of the test are 0, 1, ...
 CALIBRATION = 256  # images
+ROW = ("arm", "seed", "rate", "part", "balanced_accuracy", "macro_f1", "ece", "trained", "kept_mb", "deviations", "torch")
 Row = dict[str, Any]
 
 
@@ -38,13 +39,28 @@ class Protocol:
     batch: int = 32
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; a `ValueError` with the number of a line that is none, as a run that was killed may leave one."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            for name in ROW:
+                row[name]
+            row["protocol"]["sites"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is no row of a run: delete the line to do that run again.") from error
+        rows.append(row)
+    return rows
+
+
 class Rows:
     """The finished runs, one line of JSON each; a line is written when its run is finished."""
 
     def __init__(self, path: Path, protocol: Protocol) -> None:
         self.path = path
         self.protocol = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(protocol).items()}
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.rows = read_rows(path) if path.exists() else []
         for row in self.rows:
             if row["protocol"] | {"seeds": 0} != self.protocol | {"seeds": 0}:
                 raise ValueError(

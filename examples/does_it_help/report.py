@@ -15,6 +15,7 @@ from scipy.stats import bootstrap
 from examples.tables import markdown, mean_sd
 
 from .arms import ARMS
+from .protocol import read_rows
 
 BASELINE, ENOUGH, ATTENDS = "head only", 2, 0.03
 # (arm, the arm it is compared with, the question)
@@ -31,10 +32,15 @@ PAIRS = [
 Runs = dict[str, dict[int, Mapping[str, Any]]]  # arm, seed
 
 
+def files(name: str) -> list[str]:
+    """The files that hold the rows of a collection and what is made of them."""
+    return [f"{name}{end}" for end in (".jsonl", "-steps.json", ".md", "-differences.png", "-gates.png")]
+
+
 def tested(path: Path) -> Runs:
     """The rows of the test, by arm and seed."""
     found: Runs = {}
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in read_rows(path):
         if row["part"] == "test":
             found.setdefault(row["arm"], {})[row["seed"]] = row
     return {arm: found[arm] for arm in ARMS if arm in found}
@@ -133,7 +139,7 @@ def draw_differences(name: str, runs: Runs, path: Path) -> None:
 def draw_gates(name: str, runs: Runs, path: Path) -> None:
     """How much the gates of each arm attend, site by site."""
     arms = [arm for arm, rows in runs.items() if all(row["deviations"] for row in rows.values())]
-    sites = next(iter(runs.values()))[0]["protocol"]["sites"]
+    sites = next(iter(next(iter(runs.values())).values()))["protocol"]["sites"]
     figure = Figure(figsize=(9, 0.5 * len(arms) + 1.8), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(sites)
@@ -152,15 +158,24 @@ def draw_gates(name: str, runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def stored(folder: Path) -> dict[str, tuple[Runs, dict[str, float]]]:
+    """The rows of the test and the times of a step of every collection in a folder; a `ValueError` if a file is damaged."""
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        timed = folder / f"{path.stem}-steps.json"
+        try:
+            times = {arm: float(time) for arm, time in json.loads(timed.read_text()).items()} if timed.exists() else {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{timed} is damaged: delete it, and the times are measured again.") from error
+        if runs := tested(path):
+            found[path.stem] = runs, times
+    return found
+
+
 def report(folder: Path, console: Console) -> None:
     """Write the table and the pictures of every collection that has rows in a folder."""
-    for path in sorted(folder.glob("*.jsonl")):
-        runs = tested(path)
-        if not runs:
-            continue
-        name = path.stem
-        timed = folder / f"{name}-steps.json"
-        found = text(name, runs, json.loads(timed.read_text()) if timed.exists() else {})
+    for name, (runs, times) in stored(folder).items():
+        found = text(name, runs, times)
         (folder / f"{name}.md").write_text(found)
         draw_differences(name, runs, folder / f"{name}-differences.png")
         draw_gates(name, runs, folder / f"{name}-gates.png")

@@ -11,7 +11,6 @@ passes of all. `uncertainty.json` holds the numbers and `uncertainty.png` shows 
 buys to hand the most uncertain samples to a human.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from drifa_attn import Uncertainty, ensemble, mc_dropout
+from examples.arguments import Parser, check_files, integer, output, source
 from examples.drifa_net.data import IGNORE, Data, load
 from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
 from examples.drifa_net.networks import named, restored
@@ -39,18 +39,16 @@ PAPER_MEMBERS = 5
 Predictions = dict[str, tuple[Tensor, Tensor]]  # by task: probabilities `b k`, total uncertainty `b`
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    whole = argparse.ArgumentParser(
-        prog="python -m examples.drifa_net.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    whole = Parser("python -m examples.drifa_net.evaluate", __doc__)
     add = whole.add_argument
-    add("members", nargs="+", type=Path, help="folders of finished runs")
-    add("--data", nargs="*", type=Path, default=[], help="as they were trained on")
-    add("--size", type=int, help="as they were trained on")
-    add("--samples", type=int, default=30, help="Monte Carlo passes of a member (default: %(default)s)")
-    add("--batch-size", type=int, default=256, help="(default: %(default)s)")
-    add("--output", type=Path, default=Path("outputs/drifa_net"), help="folder of the result (default: %(default)s)")
+    add("members", nargs="+", type=source, help="folders of finished runs")
+    add("--data", nargs="+", type=source, default=[], help="as they were trained on")
+    add("--size", type=integer(1), help="as they were trained on")
+    add("--samples", type=integer(1), default=30, help="Monte Carlo passes of a member (default: %(default)s)")
+    add("--batch-size", type=integer(1), default=256, help="(default: %(default)s)")
+    add("--output", type=output, default="outputs/drifa_net", help="folder of the result (default: %(default)s)")
     return whole
 
 
@@ -172,12 +170,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Predict, measure, draw; returns what the JSON holds."""
     whole = parser()
     options = whole.parse_args(argv)
-    try:
+    with whole.explained():
+        check_files(options.output, ["uncertainty.json", "uncertainty.png"])
         data = load(options.data, size=options.size)
         members, runs = zip(*(restored(folder, data) for folder in options.members), strict=True)
         check_members(runs)
-    except (ValueError, OSError) as error:
-        whole.exit(2, f"error: {error}\n")
     console = Console(highlight=False, soft_wrap=True)
     if len(members) < PAPER_MEMBERS:
         console.print(f"{len(members)} members; the paper's ensemble has {PAPER_MEMBERS}.")

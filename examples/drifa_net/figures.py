@@ -10,7 +10,6 @@ Gates off means the same trained weights without the attention, which were train
 this network, not what a network trained without would do. That is `--model concat`, which has no gates.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,11 +32,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import drifa_attn
+from examples.arguments import Parser, check_files, integer, output, source
 from examples.drifa_net.data import IGNORE, Data, load
 from examples.drifa_net.networks import Concat, Inputs, Labels, Named, attentions, named, restored
 
 ENOUGH = 16  # positions that a Grad-CAM should have at least
 BINS = 60
+NEIGHBOURS = 5
 CPU = torch.device("cpu")
 
 
@@ -157,7 +158,7 @@ def features(net: nn.Module, data: Data, most: int = 1000) -> dict[str, tuple[Te
     return {task: (x[:most], y[:most]) for task, (x, y) in joined.items()}
 
 
-def vote(x: np.ndarray, y: np.ndarray, neighbours: int = 5) -> float:
+def vote(x: np.ndarray, y: np.ndarray, neighbours: int = NEIGHBOURS) -> float:
     """Per cent of the samples, every class counting the same, whose nearest others vote for their class."""
     near = NearestNeighbors(n_neighbors=neighbours + 1).fit(x).kneighbors(x, return_distance=False)[:, 1:]
     right = np.array([np.bincount(y[row]).argmax() == label for row, label in zip(near, y, strict=True)])
@@ -237,33 +238,39 @@ def draw_histograms(axes: Axes, title: str, sites: Mapping[str, tuple[Tensor, Te
     axes.spines[:].set_visible(False)
 
 
+def check_drawable(net: nn.Module, data: Data) -> None:
+    """Raise a `ValueError` unless every picture has something to show."""
+    for branch in data.branches:
+        chosen(net, data, task_of(data, branch))
+    for task, targets in zip(data.tasks, data.test.targets.T, strict=True):
+        if (targets != IGNORE).sum() <= NEIGHBOURS:
+            raise ValueError(f"{task} has too few test images for its {NEIGHBOURS} nearest neighbours: it needs more.")
+
+
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw all three; returns their paths."""
-    whole = argparse.ArgumentParser(
-        prog="python -m examples.drifa_net.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    whole.add_argument("run", type=Path, help="the folder of a finished run")
-    whole.add_argument("--data", nargs="*", type=Path, default=[], help="as it was trained on")
-    whole.add_argument("--size", type=int, help="as it was trained on")
-    whole.add_argument("--output", type=Path, help="folder of the pictures (default: the run's)")
+    whole = Parser("python -m examples.drifa_net.figures", __doc__)
+    whole.add_argument("run", type=source, help="the folder of a finished run")
+    whole.add_argument("--data", nargs="+", type=source, default=[], help="as it was trained on")
+    whole.add_argument("--size", type=integer(1), help="as it was trained on")
+    whole.add_argument("--output", type=output, help="folder of the pictures (default: the run's)")
     options = whole.parse_args(argv)
-    output = options.output or options.run
+    folder = options.output or options.run
     pictures = {"gradcam.png": draw_gradcam, "features.png": draw_features, "gates.png": draw_gates}
-    try:
+    with whole.explained():
+        check_files(folder, list(pictures))
         data = load(options.data, size=options.size)
         net, _ = restored(options.run, data)
-        chosen(net, data, next(iter(data.tasks)))
-    except (ValueError, OSError) as error:
-        whole.exit(2, f"error: {error}\n")
-    output.mkdir(parents=True, exist_ok=True)
+        check_drawable(net, data)
+    folder.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
     drawn = []
     for name, draw in track(pictures.items(), description="drawing, about a minute", console=console):
         if draw is draw_gates and not attentions(net):
             console.print("No gates.png: concat has none.")
             continue
-        draw(net, data, output / name)
-        drawn.append(output / name)
+        draw(net, data, folder / name)
+        drawn.append(folder / name)
         console.print(str(drawn[-1]))
     return drawn
 

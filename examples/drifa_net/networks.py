@@ -7,12 +7,14 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import drifa_attn
 from examples.drifa_net.data import Data
 from examples.drifa_net.model import DrifaNet
+from examples.drifa_net.records import read_record
 
 MODELS = ("drifa_net", "fuse", "concat")
 
@@ -108,6 +110,19 @@ def calibrate(net: nn.Module, data: Data) -> None:
         drifa_attn.calibrate(net, inputs)
 
 
+@torch.no_grad()
+def rehearse(net: nn.Module, data: Data) -> None:
+    """Raise a `ValueError` unless the network takes images of these sizes."""
+    images, _ = data.test[0]
+    inputs = {branch: image.expand(2, -1, -1, -1) for branch, image in zip(data.branches, images, strict=True)}
+    device = next(net.parameters()).device
+    try:
+        net.eval()({branch: image.to(device) for branch, image in inputs.items()})
+    except Exception as error:  # networks refuse sizes in their own ways
+        sizes = {branch: tuple(image.shape[1:]) for branch, image in inputs.items()}
+        raise ValueError(f"the network cannot take images of these sizes, {sizes}: give another --size. {error}") from error
+
+
 def groups(net: nn.Module, lr: float) -> list[dict[str, Any]]:
     """The weights for an optimizer; the attention of a fused network gets five times the rate."""
     if not isinstance(net, drifa_attn.Fused):
@@ -126,17 +141,16 @@ def restored(folder: Path, data: Data) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises: ValueError: no finished run, or one on other data.
     """
-    record, weights = folder / "run.json", folder / "model.safetensors"
-    for path in (record, weights):
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}: name the folder of a finished run, as OUTPUT/{MODELS[0]}-seed0.")
-    run = json.loads(record.read_text())
+    run, weights = read_record(folder / "run.json"), folder / "model.safetensors"
     if run["data"] != json.loads(json.dumps(data.report)):
         raise ValueError(
             f"{folder} was trained on other data, {run['configuration']['data']}: give the same --data and --size."
         )
     net = build({**run["configuration"], "pretrained": False}, data)
-    net.load_state_dict(load_file(weights))
+    try:
+        net.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{weights} is damaged, or of another network: train again. {error}") from error
     return net.eval(), run
 
 
@@ -145,9 +159,12 @@ def backbone(name: str, shape: Sequence[int], *, pretrained: bool) -> nn.Module:
     if not timm.is_model(name):
         similar = timm.list_models(f"*{name.partition('_')[0].rstrip('0123456789')}*")[:5]
         raise ValueError(f"--backbones: timm has no network {name!r}. Similar names: {', '.join(similar) or 'none'}.")
-    fixed = timm.get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size
-    options = {"img_size": tuple(shape[1:])} if fixed else {}
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=shape[0], **options)
+    try:
+        fixed = timm.get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size
+        options = {"img_size": tuple(shape[1:])} if fixed else {}
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=shape[0], **options)
+    except Exception as error:  # networks refuse sizes, and downloads fail, in their own ways
+        raise ValueError(f"--backbones {name} cannot be had for images {tuple(shape)}: {error}") from error
 
 
 def attentions(net: nn.Module) -> dict[str, nn.Module]:

@@ -1,56 +1,53 @@
 """The options of a training run: read, checked, and written down."""
 
 import argparse
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
+from examples.arguments import Parser, check_files, integer, output, positive, source
 from examples.drifa_net.data import Data
 from examples.drifa_net.networks import MODELS
+from examples.drifa_net.records import FILES, run_folder
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str) -> Parser:
     """The command's options."""
-    whole = argparse.ArgumentParser(
-        prog="python -m examples.drifa_net.train", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    whole = Parser("python -m examples.drifa_net.train", description)
     add = whole.add_argument
-    add("--data", nargs="*", type=Path, default=[], help="a folder or .npz for each branch; none: scikit-learn's digits")
+    add("--data", nargs="+", type=source, default=[], help="a folder or .npz for each branch; none: scikit-learn's digits")
     add("--model", choices=MODELS, default="drifa_net", help="concat is fuse without attention (default: %(default)s)")
     add("--backbones", nargs="+", default=["resnet10t"], help="timm networks of fuse and concat, one or one a branch")
     add("--pretrained", action="store_true", help="download the backbones' weights")
-    add("--width", type=positive, default=16, help="channels of DRIFA-Net's first stage; the paper: 64 (default: %(default)s)")
-    add("--reduction", type=positive, help="of DRIFA-Net's attention (default: none, the paper's dense form)")
+    add("--width", type=integer(1), default=16, help="channels of DRIFA-Net's first stage; paper: 64 (default: %(default)s)")
+    add("--reduction", type=integer(1), help="of DRIFA-Net's attention (default: none, the paper's dense form)")
     add("--losses", choices=("fixed", "uncertainty"), default="fixed", help="task weights: equal, or learned")
-    add("--epochs", type=positive, default=20, help="(default: %(default)s)")
-    add("--batch-size", type=positive, default=64, help="pairs a step, over all processes (default: %(default)s)")
-    add("--lr", type=rate, default=2e-3, help="AdamW's highest learning rate (default: %(default)s)")
-    add("--patience", type=positive, help="stop after so many epochs without a lower validation loss (default: never)")
-    add("--size", type=positive, help="height and width of the images (default: the data's own)")
-    add("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
-    add("--output", type=Path, default=Path("outputs/drifa_net"), help="(default: %(default)s)")
-    add("--save-every", type=positive, default=100, help="steps between checkpoints within an epoch (default: %(default)s)")
+    add("--epochs", type=integer(1), default=20, help="(default: %(default)s)")
+    add("--batch-size", type=integer(1), default=64, help="pairs a step, over all processes (default: %(default)s)")
+    add("--lr", type=positive, default=2e-3, help="AdamW's highest learning rate (default: %(default)s)")
+    add("--patience", type=integer(1), help="stop after so many epochs without a lower validation loss (default: never)")
+    add("--size", type=integer(1), help="height and width of the images (default: the data's own)")
+    add("--seeds", nargs="+", type=integer(0), default=[0], help="one run each (default: 0)")
+    add("--output", type=output, default="outputs/drifa_net", help="(default: %(default)s)")
+    add("--save-every", type=integer(1), default=100, help="steps between checkpoints within an epoch (default: %(default)s)")
     add("--mixed-precision", choices=("no", "fp16", "bf16"), help="(default: accelerate's own setting)")
-    add("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
+    add("--workers", type=integer(0), default=0, help="processes that load images (default: %(default)s)")
     return whole
 
 
-def positive(text: str) -> int:
-    """An integer >= 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
-    return int(text)
-
-
-def rate(text: str) -> float:
-    """A finite number > 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return float(text)
+def parsed(whole: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, each checked by itself, with the others, and with the files that a run will write."""
+    options = whole.parse_args(argv)
+    if len(set(options.seeds)) < len(options.seeds):
+        whole.error(f"--seeds expected different integers >= 0, got {options.seeds}.")
+    is_paper = options.model == "drifa_net"
+    idle = ("backbones", "pretrained") if is_paper else ("width", "reduction")
+    whole.refuse(options, idle, f"does nothing to --model {options.model}: leave it out, or name another --model.")
+    with whole.explained():
+        for seed in options.seeds:
+            check_files(run_folder(options.output, options.model, seed), FILES)
+    return options
 
 
 def configured(options: argparse.Namespace, seed: int, data: Data, accelerator: Accelerator) -> dict[str, Any]:
@@ -69,16 +66,3 @@ def check(options: argparse.Namespace, data: Data, accelerator: Accelerator) -> 
         raise ValueError(f"--batch-size {options.batch_size} is more than the {len(data.train)} training pairs.")
     if options.batch_size // accelerator.num_processes < 2:
         raise ValueError("--batch-size must give each process at least 2 pairs: batch norm needs them.")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output {options.output} is a file: name a folder.")
-    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
-        raise ValueError(f"--seeds expected different integers >= 0, got {options.seeds}.")
-
-
-@contextmanager
-def explained(whole: argparse.ArgumentParser) -> Iterator[None]:
-    """Within this context a mistake in options or data ends the command with its message alone."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        whole.exit(2, f"{whole.prog}: error: {error}\n")

@@ -8,43 +8,58 @@ From the repository's root:
 A record holds no image and no path. Trials are runs that chose a learning rate; of those, only what was tried is kept.
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from examples.arguments import Parser, source
+from examples.drifa_net.networks import MODELS
+from examples.drifa_net.records import METRICS, read_record, run_folder
 from examples.tables import markdown, mean_sd
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 START, END = "<!-- results: written by report.py -->\n", "<!-- end of results -->\n"
-METRICS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro-F1",
-    "auroc": "AUROC",
-    "ece": "ECE",
-}
-ORDER = ("drifa_net", "fuse", "concat")
 # Extra trees or logistic regression on the raw pixels, the better of the two, on the same splits.
 PLAIN = {"ham10000_28": {"accuracy": 0.698, "balanced_accuracy": 0.202}, "sipakmed_28": {"accuracy": 0.872}}
 
 Record = Mapping[str, Any]
 
 
-def kept(folders: Iterable[Path], trials: Iterable[Path]) -> None:
-    """Copy the records of finished runs, and what the trials tried, to the results."""
+def together(runs: Iterable[Record]) -> dict[Path, Record]:
+    """The records of the results, and these with them; a `ValueError` unless those of one model differ in their seed alone."""
+    found: dict[Path, Record] = {path: read_record(path) for path in sorted(RESULTS.glob("*-seed*.json"))}
+    new: dict[Path, Record] = {}
+    for run in runs:
+        configuration = run["configuration"]
+        path = run_folder(RESULTS, configuration["model"], configuration["seed"]).with_suffix(".json")
+        if path in new:
+            raise ValueError(f"two of these runs would be {path.name}: give one of each model and seed.")
+        new[path] = run
+    found |= new
+    kinds: dict[str, Any] = {}
+    for path, run in found.items():
+        if run["configuration"]["model"] not in MODELS:
+            raise ValueError(f"{path.stem} is of a model that the table does not know: it knows {', '.join(MODELS)}.")
+        kind = {**run["configuration"], "seed": None}, run["test"].keys()
+        if kinds.setdefault(run["configuration"]["model"], kind) != kind:
+            raise ValueError(f"{path.stem} differs from other runs of its model in more than the seed: give runs of one kind.")
+        if run["test"].keys() != next(iter(found.values()))["test"].keys():
+            raise ValueError(f"{path.stem} has other tasks, {', '.join(run['test'])}: give runs on the same data.")
+    return found
+
+
+def kept(runs: Mapping[Path, Record], trials: Sequence[Record]) -> None:
+    """Write the records to the results, and what the trials tried."""
     RESULTS.mkdir(exist_ok=True)
-    for folder in folders:
-        record = json.loads((folder / "run.json").read_text())
-        (RESULTS / f"{folder.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    tried = [json.loads((folder / "run.json").read_text()) for folder in trials]
-    if tried:
+    for path, record in runs.items():
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    if trials:
         rows = [
             {name: record["configuration"][name] for name in ("model", "lr", "epochs", "seed")} | {"validation": lowest(record)}
-            for record in tried
+            for record in trials
         ]
         rows.sort(key=lambda row: (row["model"], row["lr"]))
         (RESULTS / "learning_rates.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -58,9 +73,9 @@ def lowest(record: Record) -> float:
 def records() -> dict[str, list[Record]]:
     """The results by model, in the order of the table, each by seed."""
     found: dict[str, list[Record]] = {}
-    for model in ORDER:
+    for model in MODELS:
         for path in sorted(RESULTS.glob(f"{model}-seed*.json")):
-            found.setdefault(model, []).append(json.loads(path.read_text()))
+            found.setdefault(model, []).append(read_record(path))
     return found
 
 
@@ -114,16 +129,13 @@ def written(found: Mapping[str, Sequence[Record]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Keep what is given, then write the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.drifa_net.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
-    parser.add_argument("--trials", nargs="*", type=Path, default=[], help="folders of runs that chose a learning rate")
+    parser = Parser("python -m examples.drifa_net.report", __doc__)
+    parser.add_argument("runs", nargs="*", type=source, help="folders of finished runs")
+    parser.add_argument("--trials", nargs="+", type=source, default=[], help="folders of runs that chose a learning rate")
     options = parser.parse_args(argv)
-    for folder in (*options.runs, *options.trials):
-        if not (folder / "run.json").is_file():
-            parser.exit(2, f"{parser.prog}: error: {folder} holds no run.json: name folders of finished runs.\n")
-    kept(options.runs, options.trials)
+    with parser.explained():
+        trials = [read_record(folder / "run.json") for folder in options.trials]
+        kept(together(read_record(folder / "run.json") for folder in options.runs), trials)
     found = records()
     before, _, rest = README.read_text().partition(START)
     after = rest.partition(END)[2]

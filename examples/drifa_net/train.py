@@ -37,12 +37,14 @@ from torch.utils.data import DataLoader
 from drifa_attn import TaskLoss
 from examples.drifa_net.data import Data, Pairs, load
 from examples.drifa_net.metrics import scores
-from examples.drifa_net.networks import build, calibrate, groups, named
-from examples.drifa_net.options import check, configured, explained, parser
+from examples.drifa_net.networks import build, calibrate, groups, named, rehearse
+from examples.drifa_net.options import check, configured, parsed, parser
+from examples.drifa_net.records import read_record, run_folder
 
 WARMUP = 0.05  # the share of all steps in which the learning rate rises
 PACKAGES = ("torch", "timm", "accelerate", "torchmetrics", "numpy")
 FREE = ("save_every", "workers")  # options that do not touch the result
+CHECKPOINT = ("configuration", "learner", "optimizer", "scaler", "place", "history", "best", "seconds")
 COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
 
 Logits = dict[str, tuple[Tensor, Tensor]]  # logits and classes by task
@@ -68,7 +70,7 @@ class Run:
 
     def __init__(self, configuration: dict[str, Any], data: Data, accelerator: Accelerator, output: Path, console: Console):
         self.configuration, self.data, self.accelerator, self.console = configuration, data, accelerator, console
-        self.folder = output / f"{configuration['model']}-seed{configuration['seed']}"
+        self.folder = run_folder(output, configuration["model"], configuration["seed"])
         self.record: dict[str, Any] | None = None  # once the run is finished
         seed_everything(configuration["seed"])
         loss = TaskLoss(list(data.tasks), "uncertainty" if configuration["losses"] == "uncertainty" else None)
@@ -206,21 +208,18 @@ class Run:
 
     def resume(self) -> None:
         """Take the record of a finished run, or go to where the checkpoint was written. One process reads them for all."""
-        path, finished = self.folder / "checkpoint.pt", self.folder / "run.json"
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process and finished.exists():
-            found[0] = json.loads(finished.read_text())
-        elif self.accelerator.is_main_process and path.exists():
-            found[1] = torch.load(path, map_location="cpu", weights_only=True)
+        path = self.folder / "checkpoint.pt"
+        found = left(self.folder, self.configuration) if self.accelerator.is_main_process else [None, None]
         self.record, state = broadcast_object_list(found)
         if self.record is not None:
-            check_same(self.configuration, self.record["configuration"], finished)
             self.console.print(f"{self.folder.name} is finished.")
         if state is None:
             return
-        check_same(self.configuration, state["configuration"], path)
-        self.learner.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} does not fit this network: delete it to begin again. {error}") from error
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, total = state["place"]
@@ -278,6 +277,23 @@ def device(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+def left(folder: Path, configuration: Mapping[str, Any]) -> list[Any]:
+    """The record that a run left in its folder, else its checkpoint, else nothing; a `ValueError` if it is another run's."""
+    finished, path = folder / "run.json", folder / "checkpoint.pt"
+    record, state = None, None
+    if finished.exists():
+        record = read_record(finished)
+        check_same(configuration, record["configuration"], finished)
+    elif path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {name: state[name] for name in CHECKPOINT}
+        except Exception as error:  # of many kinds, by torch, pickle and zip
+            raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to begin again.") from error
+        check_same(configuration, state["configuration"], path)
+    return [record, state]
+
+
 def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
     """Raise a `ValueError` with the first difference unless a file belongs to this configuration."""
     for name, value in configuration.items():
@@ -302,19 +318,22 @@ def shown(records: Sequence[Mapping[str, Any]]) -> Table:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Train every seed; returns the records."""
     whole = parser(__doc__)
-    options = whole.parse_args(argv)
-    # Told so, accelerate joins the processes of torchrun on machines without a GPU too.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
-    console = Console(highlight=False, quiet=not accelerator.is_main_process)
-    records = []
-    with explained(whole):
+    options = parsed(whole, argv)
+    with whole.explained():
+        # Told so, accelerate joins the processes of torchrun on machines without a GPU too.
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
         data = load(options.data, size=options.size)
         check(options, data, accelerator)
+        for seed in options.seeds if accelerator.is_main_process else ():
+            left(run_folder(options.output, options.model, seed), configured(options, seed, data, accelerator))
+    console = Console(highlight=False, quiet=not accelerator.is_main_process)
+    records = []
     console.print(str(data), markup=False)
     for seed in options.seeds:
-        with explained(whole):
+        with whole.explained():
             one = Run(configured(options, seed, data, accelerator), data, accelerator, options.output, console)
             one.resume()
+            rehearse(one.learner.net, data)
         records.append(one.finish())
     console.print(shown(records))
     console.print(f"Records, weights: {options.output}")

@@ -25,7 +25,7 @@ def test_a_run_measures_keeps_what_is_done_and_writes_the_table(tmp_path, monkey
     monkeypatch.setattr(matrix, "REPORT", tmp_path / "coverage.md")
     monkeypatch.setattr(matrix, "DONE", tmp_path / "outputs" / "matrix.jsonl")
     monkeypatch.setattr(matrix.torch, "set_num_threads", lambda _: None)
-    matrix.main()
+    matrix.main([])
     written = matrix.REPORT.read_text()
     assert "**2 of 2 families**" in written
     assert "**2 of 2 architectures**" in written
@@ -35,7 +35,7 @@ def test_a_run_measures_keeps_what_is_done_and_writes_the_table(tmp_path, monkey
     kept = json.loads(matrix.DONE.read_text().splitlines()[0])
     matrix.DONE.write_text(json.dumps([kept[0], kept[1] | {"fused": {"fused": 0, "reason": "kept"}}]) + "\n")
     monkeypatch.setattr(matrix, "FAMILIES", ["ghostnet"])
-    matrix.main()
+    matrix.main([])
     assert "Not fused: ghostnet: kept" in matrix.REPORT.read_text()
 
 

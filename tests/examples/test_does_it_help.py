@@ -176,5 +176,5 @@ def test_images_come_from_archives_folders_and_scikit_learn(tmp_path):
 def test_steps_are_timed_and_the_command_writes_a_report(collection, tmp_path, monkeypatch):
     assert min(steps(collection, SMALL, ["head only", "MFA"], rounds=1).values()) > 0
     monkeypatch.setattr("examples.does_it_help.__main__.read", lambda path, size: collection)
-    main(["--arms", "head only", "MFA", "--quick", "--output", str(tmp_path)])
+    main(["--arms", "head only", "MFA", "--quick", "--images", "40", "--output", str(tmp_path)])
     assert (tmp_path / "toy.md").exists()

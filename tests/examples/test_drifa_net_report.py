@@ -20,7 +20,8 @@ def record(model, seed, accuracy):
     }
     configuration = {"model": model, "seed": seed, "lr": 0.003, "epochs": 6, "batch_size": 64, "width": 16, "reduction": None}
     return {
-        "configuration": {**configuration, "backbones": ["test_resnet"]},
+        "configuration": {**configuration, "backbones": ["test_resnet"], "data": ["sipakmed_28"]},
+        "data": {},
         "parameters": 1234567,
         "history": [{"validation": {"sipakmed_28": values}}, {"validation": {"sipakmed_28": {**values, "nll": 0.5}}}],
         "test": {"sipakmed_28": values},
@@ -59,7 +60,7 @@ def test_readme_gets_means_and_deviations_beside_the_plain_baseline(folders):
 
 def test_a_folder_without_a_record_is_refused(folders, capsys):
     with pytest.raises(SystemExit, match="2"):
-        report.main([str(folders[0] / "nothing")])
+        report.main([str(folders[0].parent)])
     assert "holds no run.json" in capsys.readouterr().err
     assert not report.RESULTS.exists()
 

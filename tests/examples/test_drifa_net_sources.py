@@ -234,7 +234,7 @@ def test_unreadable_image_is_named(content, mode, tmp_path):
         ({"slide": np.zeros(3)}, "needs one 'slide' an image"),
         ({"split": np.zeros(3)}, "split 0, 1 or 2 for each image"),
         ({"split": np.array([0, 1, 2, 3])}, "split 0, 1 or 2 for each image"),
-        ({"classes": np.array(["a", "b"], object)}, "is no archive of plain arrays"),
+        ({"classes": np.array(["a", "b"], object)}, "is no npz archive of plain arrays"),
     ],
 )
 def test_wrong_archive_names_what_is_wrong(change, message, tmp_path):
@@ -251,7 +251,7 @@ def test_file_that_is_no_archive_is_named(tmp_path):
     np.save(single, np.zeros(3))
     for content in (b"", b"PK\x03\x04 but no more", b"text", single.getvalue()):
         (tmp_path / "wrong.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"wrong\.npz is no archive of plain arrays"):
+        with pytest.raises(ValueError, match=r"wrong\.npz is no npz archive of plain arrays"):
             read(tmp_path / "wrong.npz")
 
 

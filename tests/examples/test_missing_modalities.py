@@ -51,13 +51,13 @@ def test_every_network_trains_as_its_column_says(monkeypatch):
         trained.append((net.modality_dropout, all(refiner.enabled for refiner in net.refiners)))
 
     monkeypatch.setattr(example, "train", train)
-    samples = example.embedded()[np.arange(60)]
+    samples = example.read(None)[0][np.arange(60)]
     example.measured(example.fused(samples, 0), samples, samples, steps=1, seed=0)
     assert trained == list(example.NETWORKS.values()) == [(0.0, True), (0.5, True), (0.5, False)]
 
 
 def test_the_embedded_views_are_the_whole_image():
-    samples = example.embedded()
+    samples, _ = example.read(None)
     assert {name: view.shape for name, view in samples.views.items()} == {
         "upper": (1797, 24),
         "middle": (1797, 16),
@@ -88,7 +88,7 @@ def test_training_is_repeatable_and_standardisation_is_that_of_training():
 
 
 BAD = {
-    "missing": ([], lambda path: path.unlink(), "there is no file"),
+    "missing": ([], lambda path: path.unlink(), "cannot be read: No such file"),
     "no archive": ([], lambda path: path.write_text("x"), "is no npz archive of plain arrays"),
     "no labels": ([], lambda path: archive(path, train_labels=None, test_labels=None), "holds no labels"),
     "unknown view": (["--views", "a", "c"], archive, "has no view 'c' of 30 samples: it has a, b"),

@@ -1,7 +1,6 @@
 """An archive of one's own."""
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -10,14 +9,19 @@ from examples.drifa_net.sources.collection import Collection
 GROUP_KEYS = ("lesion_id", "slide", "group")
 
 
-def read(path: Path) -> Collection:
-    """An archive of decoded images."""
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an archive by their names; a `ValueError` if it is damaged, or no archive of plain arrays."""
     try:
         with path.open("rb") as file:
             archive = np.load(file)
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
-        raise ValueError(f"npz: {path} is no archive of plain arrays ({error}): write it with numpy.savez.") from error
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # of many kinds, by NumPy, zip and zlib
+        raise ValueError(f"{path} is no npz archive of plain arrays, or is damaged: write it with numpy.savez.") from error
+
+
+def read(path: Path) -> Collection:
+    """An archive of decoded images."""
+    arrays = arrays_of(path)
 
     def need(true: bool, what: str) -> None:
         if not true:
@@ -32,6 +36,8 @@ def read(path: Path) -> Collection:
     need(labels.dtype.kind in "iu" and labels.shape == shape[:1], f"needs an integer label for each of its {shape[0]} images")
     need(classes.ndim == 1, f"needs classes to list their names, got {classes!r}")
     need(0 <= labels.min() <= labels.max() < len(classes), f"has labels beyond its {len(classes)} classes")
+    names = tuple(map(str, classes))
+    need(len(set(names)) == len(names) > 1, f"needs at least two classes of different names, got {', '.join(names) or 'none'}")
     key = next((name for name in GROUP_KEYS if name in arrays), None)
     groups, split = arrays.get(key or ""), arrays.get("split")
     need(groups is None or groups.shape == labels.shape, f"needs one {key!r} an image")
@@ -39,4 +45,4 @@ def read(path: Path) -> Collection:
         groups = np.array([f"{classes[label]}/{slide}" for label, slide in zip(labels, groups, strict=True)])
     if split is not None:
         need(split.shape == labels.shape and set(np.unique(split)) <= {0, 1, 2}, "needs split 0, 1 or 2 for each image")
-    return Collection(path.stem, path, images, labels.astype(np.int64), tuple(map(str, classes)), groups, split)
+    return Collection(path.stem, path, images, labels.astype(np.int64), names, groups, split)
