@@ -66,7 +66,7 @@ class AFF(Readout):
     Source: arXiv:2009.14082. Differs: none for two maps of one shape; folding, projection and absent modalities are not in it.
     """
 
-    factor = 2
+    factor, reads_vectors = 2, False
 
     def __init__(
         self,

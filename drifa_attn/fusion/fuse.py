@@ -100,6 +100,7 @@ def fuse(
         dropout=dropout,
         modality_dropout=modality_dropout,
         recipe={"fusion": fusion, "fusion_options": options, "classifiers": classifiers, "layouts": layouts},
+        flops=sum(one.first.flops // max(one.first.batch, 1) for one in found.values()),
         **factory,
     )
     for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more

@@ -16,6 +16,7 @@ from drifa_attn.network.modes import without_statistics
 from drifa_attn.network.site import Site
 from drifa_attn.trees import at_path, map_tensors, replace_tensor
 
+from .plan import FusionPlan, planned
 from .presence import checked_inputs, cleared, first_tensor, presence, present_rows
 from .protocol import Readout, Refiner
 
@@ -64,6 +65,7 @@ class Fused(nn.Module):
         dropout: float,
         modality_dropout: float,
         recipe: Mapping[str, Any],
+        flops: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,7 +78,7 @@ class Fused(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.modality_dropout = modality_dropout
         self.stages, self.outputs, self.parts, self.recipe = stages, outputs, parts, dict(recipe)
-        self.checkpoints = False
+        self.flops, self.checkpoints = flops, False
         readout.names = tuple(branches)
         for refiner, sites in zip(self.refiners, stages, strict=False):
             refiner.names = tuple(sites)  # type: ignore[assignment]
@@ -88,7 +90,10 @@ class Fused(nn.Module):
     def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
         """The logits of every task."""
         vectors, kept, present = self.advance(inputs, present)
-        fused = self.dropout(self.readout([vector.to(self.dtype) for vector in vectors], kept, present))
+        vectors = [vector.to(self.dtype) for vector in vectors]
+        fused = self.dropout(self.readout(vectors, kept, present))
+        if not self.readout.reads_vectors:  # DDP expects a gradient, if a zero one, of what comes behind the last maps too
+            fused = fused + sum(0 * vector.sum() for vector in vectors)
         return {task: head(fused) for task, head in self.heads.items()}
 
     def features(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
@@ -112,6 +117,11 @@ class Fused(nn.Module):
         for k, sites in enumerate(self.stages):
             run.stage(self.refiners[k] if len(self.refiners) else None, sites)
         return [run.vector(name, site) for name, site in self.outputs.items()], run.kept, present
+
+    @property
+    def plan(self) -> FusionPlan:
+        """Which features meet where, what the fusion adds there, and what the heads read; `print` it."""
+        return planned(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -70,6 +70,8 @@ class MTTU(Readout):
     Source: doi 10.1109/TMI.2022.3142321. Differs: segmentation and pseudo-labels are not part of a fusion.
     """
 
+    reads_vectors = False
+
     def __init__(
         self,
         outputs: Places,

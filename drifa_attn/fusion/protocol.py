@@ -63,6 +63,7 @@ class Readout(Refines, nn.Module):
     Attributes:
         width: of that vector.
         keeps: the stages whose refined features it wants to see; empty for most.
+        reads_vectors: whether it reads the branches' vectors, or the maps alone.
         names: the modalities; `fuse` sets them.
 
     Shape: a list of vectors `b c_i`, one per branch; {stage: its refined features} for the stages in `keeps`; present `b m` or
@@ -72,6 +73,7 @@ class Readout(Refines, nn.Module):
     part = "head"  # it starts with weights that are drawn, as heads do
     width: int
     keeps: frozenset[int] = frozenset()
+    reads_vectors: bool = True
     names: Sequence[str] = ()
 
     def forward(self, vectors: list[Tensor], kept: Mapping[int, list[Tensor]], present: Tensor | None) -> Tensor:
