@@ -5,21 +5,24 @@ that the module carries. The class of the module and the names of its weights st
 change. The compiler guards on such a `forward`; it does not guard on forward hooks. The weights are a child module, so that
 `state_dict`, `to`, `parameters` and DDP see them, and each call looks the child up by its name: whatever replaces the child
 is used.
+
+A network that knows its mask (`mask_from`) carries it in the same way: its `forward` holds the mask while it runs.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from drifa_attn.attention import Refines, Spec, build
 from drifa_attn.layout import Place, as_place
 from drifa_attn.network.site import Site
 from drifa_attn.trees import Path, holds, replace_tensor
 
+from .masking import MaskFrom, Masking
 from .norms import forget, remember
 
 Step = Callable[[nn.Module, Any], Any]
@@ -34,8 +37,19 @@ class Carried:
     def __init__(self, module: nn.Module, own: Callable | None) -> None:
         self.module = module
         self.own = own  # an instance forward that was there before, such as accelerate's; None: the class's
+        self.masking: Masking | None = None  # what finds the mask of each call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.masking is None:
+            return self.run(args, kwargs)
+        before = self.masking.enter(args, kwargs)
+        try:
+            return self.run(args, kwargs)
+        finally:
+            self.masking.leave(before)
+
+    def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's own forward, then the steps."""
         if self.own is not None:
             return self.finish(self.own(*args, **kwargs))
         return self.finish(type(self.module).forward(self.module, *args, **kwargs))
@@ -50,6 +64,7 @@ class Carried:
         """A replica of the module for `nn.DataParallel`, which carries the same steps with weights of its own."""
         replica = type(self.module)._replicate_for_data_parallel(self.module)
         replica.forward = Carried(replica, self.own)
+        replica.forward.masking = self.masking
         return replica
 
     @property
@@ -64,22 +79,31 @@ class Carried:
         )
 
 
+def carried(module: nn.Module) -> Carried:
+    """The `forward` with which a module carries; it is put there where there is none."""
+    if STEPS not in vars(module):
+        forward = Carried(module, vars(module).get("forward"))
+        setattr(module, STEPS, [])
+        module.forward = forward
+        module._replicate_for_data_parallel = forward.replicate  # type: ignore[method-assign, assignment]
+    return vars(module)["_replicate_for_data_parallel"].__self__  # another tool may have put its own around `forward`
+
+
 def carry(module: nn.Module, step: Step, *, first: bool = False) -> None:
     """Let a module carry one more step, as its last or as its first one."""
-    if STEPS not in vars(module):
-        carried = Carried(module, vars(module).get("forward"))
-        setattr(module, STEPS, [])
-        module.forward = carried
-        module._replicate_for_data_parallel = carried.replicate  # type: ignore[method-assign, assignment]
+    carried(module)
     steps = vars(module)[STEPS]
     steps.insert(0 if first else len(steps), step)
 
 
-def release(module: nn.Module, step: Step) -> None:
-    """Let a module no longer carry this step; without steps its `forward` is what it was before the first one."""
+def release(module: nn.Module, step: Step | None = None) -> None:
+    """Let a module no longer carry this step, or None its mask; without any its `forward` is what it was before the first."""
     steps = vars(module)[STEPS]
-    steps.remove(step)
-    if steps:
+    if step is None:
+        carried(module).masking = None
+    else:
+        steps.remove(step)
+    if steps or carried(module).masking is not None:
         return
     delattr(module, STEPS)
     del module._replicate_for_data_parallel
@@ -107,6 +131,7 @@ class Refinement:
         place: its channels, layout and size.
         folded: how many rows of the feature belong to each sample.
         label: the name of the site when it was made, for messages.
+        masking: what holds the mask of the network's call; None where the attention takes none.
     """
 
     child: str
@@ -115,6 +140,7 @@ class Refinement:
     place: Place
     folded: int
     label: str
+    masking: Masking | None = None
 
     def __call__(self, module: nn.Module, output: Any) -> Any:
         if self.path and not holds(output, self.path):
@@ -123,7 +149,15 @@ class Refinement:
                 f"{type(output).__name__}, which has none: its output was another one when the network was wrapped. Wrap other "
                 'modules, at=["..."].'
             )
-        return replace_tensor(output, self.path, self.attention(module))
+        attention = self.attention(module)
+        if self.masking is None or not getattr(attention, "enabled", True):
+            return replace_tensor(output, self.path, attention)
+        return replace_tensor(output, self.path, partial(self.masked, attention, self.masking))
+
+    def masked(self, attention: nn.Module, masking: Masking, x: Tensor) -> Tensor:
+        """The features x, refined at the positions that are real."""
+        mask = masking.mask_of(self.label, x, self.place.layout, self.place.num_prefix_tokens)
+        return attention(x) if mask is None else attention(x, mask=mask)
 
     def attention(self, module: nn.Module) -> nn.Module:
         """What is at the child's name now."""
@@ -143,10 +177,12 @@ class Slot(Site):
         carrier: the module that carries the step: of a plain `nn.Sequential` its last step, for timm's gradient checkpointing
             runs the steps without the `Sequential`.
         owner: the module whose child the attention becomes: the carrier, or a module within it.
+        is_masked: whether the mask of the network's call is used here.
     """
 
     carrier: str
     owner: str
+    is_masked: bool = False
 
 
 def placed(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
@@ -156,8 +192,15 @@ def placed(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
             yield step.site(name), step.attention(module)
 
 
-def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec) -> None:
+def masks(model: nn.Module) -> tuple[MaskFrom | None, list[str]]:
+    """What a network finds its mask with, and the names of the sites that use it."""
+    steps = [(name, step) for name, module in model.named_modules() for step in steps_of(module, Refinement) if step.masking]
+    return (steps[0][1].masking.mask_from if steps else None), [step.site(name).name for name, step in steps]
+
+
+def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec, mask_from: MaskFrom | None = None) -> None:
     """Put attention into every slot of a network; all of it is built before anything changes."""
+    masking = None if mask_from is None else Masking(mask_from)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     built = []
     for slot in sorted(slots, key=lambda slot: order[slot.carrier]):
@@ -171,8 +214,12 @@ def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec) -> None:
         below = slot.owner.removeprefix(slot.carrier).removeprefix(".")
         beyond = slot.carrier.removeprefix(slot.module).removeprefix(".")
         place = Place(**as_place(slot))
-        step = Refinement(f"{below}.{child}".removeprefix("."), beyond, slot.path, place, slot.folded, slot.name)
+        path = f"{below}.{child}".removeprefix(".")
+        held = masking if slot.is_masked else None
+        step = Refinement(path, beyond, slot.path, place, slot.folded, slot.name, held)
         carry(model.get_submodule(slot.carrier), step)
+    if masking is not None:
+        carried(model).masking = masking
     remember(model)
 
 
@@ -192,6 +239,8 @@ def detach(model: nn.Module) -> None:
             owner, _, child = step.child.rpartition(".")
             delattr(module.get_submodule(owner), child)
             release(module, step)
+        if STEPS in vars(module) and carried(module).masking is not None:
+            release(module)
     forget(model)
 
 

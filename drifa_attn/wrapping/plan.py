@@ -1,7 +1,7 @@
 """`plan`: what `wrap` would do to a network, without doing it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from drifa_attn.layout import Layout
 from drifa_attn.network.survey import survey
 
 from .inject import STEPS, Refinement, Slot
+from .masking import MaskFrom, fitting
 from .selection import At, check_at, checked_layouts, matching, placed_at
 from .table import plan_text
 
@@ -66,6 +67,7 @@ def plan(
     init: Init = "identity",
     example_input: Any = None,
     layouts: Mapping[str, Layout] | None = None,
+    mask_from: MaskFrom | None = None,
 ) -> Plan:
     """Say where `wrap` would put attention in a network and what it would cost; the network is not touched.
 
@@ -88,6 +90,10 @@ def plan(
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments; only shapes and dtypes are read. None
             tries the size the network states (`pretrained_cfg`, `img_size`), then 224.
         layouts: the layout at sites where it cannot be told, `{name: "b c ..." or "b ... c"}`.
+        mask_from: of "mfa", for networks that know which positions are real, such as those of padded sentences: a callable
+            (args, kwargs) of the network's forward -> a boolean mask `b n`, True where a position is real, or None. It is
+            called once per forward. A site that has the mask's positions, without its prefix tokens, uses it; a note names the
+            others. It holds while the forward of the whole network runs, not where gradient checkpointing computes parts again.
 
     Returns: the `Plan`; `print` it.
     Raises: TypeError, ValueError: no network; a parallel, compiled or already wrapped one; a network that cannot be traced; an
@@ -101,6 +107,9 @@ def plan(
     named = matching(model, at)
     found = survey(model, example_input, layouts=checked_layouts(layouts or {}))
     slots, skipped, notes = placed_at(found, at, named, variant=variant, layouts=layouts or {})
+    if mask_from is not None:
+        masked, unused = fitting(found, slots, spec, mask_from, example_input)
+        slots, notes = [replace(slot, is_masked=slot.name in masked) for slot in slots], [*notes, *unused]
     return Plan(
         network=found.title,
         at='"paper"' if variant else getattr(at, "__name__", repr(at)),

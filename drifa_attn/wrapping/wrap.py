@@ -10,6 +10,7 @@ from drifa_attn.checks import check_module
 from drifa_attn.layout import Layout
 
 from .inject import attach, detach, placed
+from .masking import MaskFrom
 from .plan import At, Attention, plan
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -26,6 +27,7 @@ def wrap(
     init: Init = "identity",
     example_input: Any = None,
     layouts: Mapping[str, Layout] | None = None,
+    mask_from: MaskFrom | None = None,
 ) -> Network:
     """Put attention into a network, in place, and return the same network.
 
@@ -48,8 +50,9 @@ def wrap(
         init=init,
         example_input=example_input,
         layouts=layouts,
+        mask_from=mask_from,
     )
-    attach(model, chosen.sites, chosen.spec)
+    attach(model, chosen.sites, chosen.spec, mask_from)
     return model
 
 
