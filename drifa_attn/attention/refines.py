@@ -26,12 +26,43 @@ class Refines:
     """A layer that refines features. It is a mixin: write `class MFA(Refines, nn.Module)`.
 
     Attributes:
+<<<<<<< HEAD
         enabled: False makes `forward` pass features on untouched. Set it on the layer; a compiled layer sees the change.
         part: the group of `parameter_groups` that its weights belong to, "attention" or "head".
     """
 
     enabled: bool = True
     part: str = "attention"
+=======
+        enabled: False makes `forward` pass features on untouched. Set it on the layer; a compiled layer sees the change. Copies
+            and pickles keep what was set, but not what `disabled` did: they are in none of its contexts.
+    """
+
+    enabled: bool = True
+    _contexts: int = 0  # how many contexts of `disabled` the layer is in
+    _outside: bool = True  # what `enabled` was before the first of them
+
+    def pause(self) -> None:
+        """Disable the layer until `resume` has been called as often."""
+        if not self._contexts:
+            self._outside = self.enabled
+        self._contexts += 1
+        self.enabled = False
+
+    def resume(self) -> None:
+        """Undo one `pause`; the last one puts `enabled` back to what it was before the first."""
+        self._contexts -= 1
+        if not self._contexts:
+            self.enabled = self._outside
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take."""
+        state = vars(self).copy()
+        if state.pop("_contexts", 0):
+            state["enabled"] = self._outside
+        state.pop("_outside", None)
+        return state
+>>>>>>> uncertainty
 
     def gates(self, *inputs: Any) -> Tensor | list[Tensor]:
         """The gates, `b c` per feature, in (0, 1), for what `forward` takes."""
