@@ -26,19 +26,13 @@ class Refines:
     """A layer that refines features. It is a mixin: write `class MFA(Refines, nn.Module)`.
 
     Attributes:
-<<<<<<< HEAD
-        enabled: False makes `forward` pass features on untouched. Set it on the layer; a compiled layer sees the change.
+        enabled: False makes `forward` pass features on untouched. Set it on the layer; a compiled layer sees the change. Copies
+            and pickles keep what was set, but not what `disabled` did: they are in none of its contexts.
         part: the group of `parameter_groups` that its weights belong to, "attention" or "head".
     """
 
     enabled: bool = True
     part: str = "attention"
-=======
-        enabled: False makes `forward` pass features on untouched. Set it on the layer; a compiled layer sees the change. Copies
-            and pickles keep what was set, but not what `disabled` did: they are in none of its contexts.
-    """
-
-    enabled: bool = True
     _contexts: int = 0  # how many contexts of `disabled` the layer is in
     _outside: bool = True  # what `enabled` was before the first of them
 
@@ -62,7 +56,6 @@ class Refines:
             state["enabled"] = self._outside
         state.pop("_outside", None)
         return state
->>>>>>> uncertainty
 
     def gates(self, *inputs: Any) -> Tensor | list[Tensor]:
         """The gates, `b c` per feature, in (0, 1), for what `forward` takes."""

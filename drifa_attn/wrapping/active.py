@@ -47,14 +47,9 @@ def check_run(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context all attention passes features on untouched; afterwards, also after an error, it is back.
 
-    <<<<<<< HEAD
     A wrapped network is the original one then, and every branch of a fused network is its own backbone; its readout goes on.
-    What counts is each layer's attribute `enabled`.
-    =======
-    A wrapped network is the original one then, and every branch of a fused network is its own backbone. What counts is each
-    layer's attribute `enabled`. A copy or pickle that is made within the context attends, as the network does outside it;
-    replicas of `nn.DataParallel`, which live for one forward, do not.
-    >>>>>>> uncertainty
+    What counts is each layer's attribute `enabled`. A copy or pickle that is made within the context attends, as the network
+    does outside it; replicas of `nn.DataParallel`, which live for one forward, do not.
 
     Raises: ValueError: the network holds no attention.
     """
