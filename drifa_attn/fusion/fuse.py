@@ -58,7 +58,8 @@ def fuse(
             its output as it is. A backbone that ends in a linear layer must have one of the two.
         example_inputs: {modality: input} where a network does not say what it takes: a tensor, a tuple of arguments, or a dict
             of keyword arguments, such as token ids and their mask. Batches then hold the same for this modality.
-        layouts: {modality: {module name: "b c ..." or "b ... c"}} where the layout of a feature cannot be told.
+        layouts: {modality: {module name: "b c ..." or "b ... c"}} where the layout of a feature cannot be told; the name "" is
+            the network's own output.
 
     Raises: ValueError, TypeError: an argument out of its range, or a backbone that cannot be advanced, with the reason. The
         backbones are then untouched.

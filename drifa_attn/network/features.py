@@ -66,7 +66,7 @@ def output_site(survey: Survey) -> Site | str:
     outputs = survey.first.calls[""].outputs
     if not outputs:
         return "its output holds no tensor"
-    seen = [feature(survey, "", path) for path in outputs]
+    seen = [feature(survey, "", path, layout=survey.layouts.get("")) for path in outputs]
     sites = [site for site in seen if isinstance(site, Site)]
     if not sites:
         return seen[-1]

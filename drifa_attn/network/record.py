@@ -1,8 +1,11 @@
 """What two traces of a network's copy tell: the record that all questions about a network are asked of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+
+from drifa_attn.layout import Layout
 
 from .inputs import Inputs
 from .site import Site
@@ -38,6 +41,7 @@ class Survey:
         first, second: the traces; second is None if only one forward worked.
         is_resized: whether the second trace had another image size.
         stated: the channels that `feature_info` states, by module.
+        layouts: the layouts that the user stated, by module.
         found: what was found at every module that was called.
         notes: what the user should know about the traces.
     """
@@ -51,5 +55,6 @@ class Survey:
     second: Trace | None
     is_resized: bool
     stated: dict[str, list[int]]
+    layouts: Mapping[str, Layout]
     found: dict[str, Found] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

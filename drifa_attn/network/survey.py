@@ -95,7 +95,16 @@ def read(
         stated.setdefault(name, []).append(width)
     modules = dict(clone.named_modules())
     record = Survey(
-        type(clone).__name__, clone, modules, is_real, taken.inputs, taken.first, taken.second, taken.is_resized, stated
+        type(clone).__name__,
+        clone,
+        modules,
+        is_real,
+        taken.inputs,
+        taken.first,
+        taken.second,
+        taken.is_resized,
+        stated,
+        layouts,
     )
     known = stated | dict(channels)
     for name in taken.first.calls:

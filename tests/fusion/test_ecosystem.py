@@ -89,7 +89,7 @@ def test_state_of_one_fits_another():
     assert list(again.state_dict()) == list(net.state_dict())
     again.load_state_dict(net.state_dict())
     assert_same_bits(again(inputs)["cell"], net(inputs)["cell"])
-    plain = without_classifier(built("resnet")[0], "resnet", None)
+    plain = without_classifier(built("resnet")[0], "resnet", "")
     assert [k.removeprefix("branches.resnet.") for k in net.state_dict() if k.startswith("branches.resnet.")] == list(
         plain.state_dict()
     )

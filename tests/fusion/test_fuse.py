@@ -53,7 +53,7 @@ def test_branches_advance_together(names, at):
 @torch.no_grad()
 def test_an_identity_start_changes_no_bit_of_any_branch(names):
     backbones, inputs = given(names)
-    expected = {name: without_classifier(copy.deepcopy(b), name, None)(inputs[name]) for name, b in backbones.items()}
+    expected = {name: without_classifier(copy.deepcopy(b), name, "")(inputs[name]) for name, b in backbones.items()}
     net = fuse(backbones, TASKS, example_inputs=inputs).eval()
     assert all(net.branches[name] is backbone for name, backbone in backbones.items())
     for name, feature in net.features(inputs).items():
@@ -165,7 +165,7 @@ def test_modality_dropout_is_for_training():
 INPUTS = [
     (lambda i: ([*i.values()],), TypeError, "expected a dict of inputs by modality, got list"),
     (lambda i: ({},), ValueError, r"expected inputs of some of the modalities \['resnet', 'record'\], got \[\]"),
-    (lambda i: (i | {"record": None},), TypeError, "a tensor of modality 'record', got NoneType: leave a modality"),
+    (lambda i: (i | {"record": [1.0]},), TypeError, "a tensor of modality 'record', .* got list: leave a modality"),
     (lambda i: (i | {"ct": 0},), ValueError, r"got \['resnet', 'record', 'ct'\]"),
     (lambda i: (i | {"record": i["record"][:1]},), ValueError, r"one batch size .*'resnet': 2, 'record': 1"),
     (lambda i: (i, [True, False]), TypeError, "got list: convert it with .bool"),
@@ -192,7 +192,7 @@ BAD = [
     ({"tasks": {"a": 0}}, ValueError, r"tasks\['a'\] to be an integer >= 1, got 0"),
     ({"fusion_options": {"reduction": 0}}, ValueError, "reduction to be an integer >= 1"),
     ({"fusion_options": {"init": "zero"}}, ValueError, 'init "paper" or "identity"'),
-    ({"fusion": "mmtn"}, ValueError, "expected fusion to be one of mifa or a class, got 'mmtn'"),
+    ({"fusion": "mmtn"}, ValueError, "expected fusion to be one of mifa, .* or a class, got 'mmtn'"),
     ({"fusion": 3}, TypeError, "a Refiner or a Readout class, got 3"),
     ({"tasks": {"keys": 2}}, ValueError, "got 'keys' among the names of tasks, which torch.nn.ModuleDict uses itself"),
     ({"modality_dropout": 1.0}, ValueError, r"modality_dropout in \[0, 1\), got 1.0"),
