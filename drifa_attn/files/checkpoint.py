@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from drifa_attn.fusion import Fused
 from drifa_attn.wrapping.active import attentions
 from drifa_attn.wrapping.norms import moved, tracking
+from drifa_attn.wrapping.masking import MaskFrom
 from drifa_attn.wrapping.plan import check_backbone
 from drifa_attn.wrapping.training import classifier_names
 from drifa_attn.wrapping.wrap import Network
 
 from .format import read, write
-from .recipe import Factory, fuse_again, fused_recipe, wrap_again, wrapped_recipe
+from .recipe import Factory, checked_masked, fuse_again, fused_recipe, wrap_again, wrapped_recipe
 from .state import chosen_state, load_state
 
 
@@ -51,7 +52,12 @@ def save_attention(
 
 @overload
 def load_attention(
-    backbone: Network, path: str | Path, *, attention: Factory | None = None, example_input: Any = None
+    backbone: Network,
+    path: str | Path,
+    *,
+    attention: Factory | None = None,
+    example_input: Any = None,
+    mask_from: MaskFrom | None = None,
 ) -> Network: ...
 
 
@@ -65,7 +71,14 @@ def load_attention(
 ) -> Fused: ...
 
 
-def load_attention(backbone: Any, path: str | Path, *, attention: Factory | None = None, example_input: Any = None) -> Any:
+def load_attention(
+    backbone: Any,
+    path: str | Path,
+    *,
+    attention: Factory | None = None,
+    example_input: Any = None,
+    mask_from: MaskFrom | None = None,
+) -> Any:
     """Rebuild the attention of a file on a fresh network of the same architecture, in place, and load its weights.
 
         model = drifa_attn.load_attention(timm.create_model("resnet50", pretrained=True), path)
@@ -80,6 +93,7 @@ def load_attention(backbone: Any, path: str | Path, *, attention: Factory | None
         path: of a file by `save_attention`.
         attention: the callable that made the attention, where `wrap` was given one; a file keeps only its name.
         example_input: as `plan` takes it, where the network needs one; {modality: tensor} for a file of a fused network.
+        mask_from: the callable that finds the mask, where `wrap` was given one; a file keeps only that there was one.
 
     Returns: the network, or a new `Fused` of the networks.
     Raises: TypeError, ValueError: the content of the file does not fit, the network is wrapped, or it differs from the saved
@@ -94,9 +108,10 @@ def load_attention(backbone: Any, path: str | Path, *, attention: Factory | None
         raise TypeError(f"{path} holds attention for {expected}, got {type(backbone).__name__}.")
     held = {"modules": plan["classifier"], "norms": plan["batch_norm"]}
     if "fused" in plan:
+        checked_masked({}, mask_from)
         network: Any = fuse_again(backbone, plan["fused"], example_input or {}, factory=attention, tensors=tensors, **held)
     else:
         network = backbone
-        wrap_again(network, plan, example_input, attention)
+        wrap_again(network, plan, example_input, attention, mask_from)
     load_state(network, tensors, **held)
     return network

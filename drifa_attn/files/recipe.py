@@ -1,7 +1,7 @@
 """How a network got its attention, as a file says it, and the same attention put into a fresh network by it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from drifa_attn.network.copies import meta_clone, real_clone
 from drifa_attn.network.record import Survey
 from drifa_attn.network.site import Site
 from drifa_attn.network.survey import survey
-from drifa_attn.wrapping.inject import attach, detach, placed, spec_of
+from drifa_attn.wrapping.inject import attach, detach, masks, placed, spec_of
+from drifa_attn.wrapping.masking import MaskFrom
 from drifa_attn.wrapping.rehearse import rehearse
 
 from .state import check_state, chosen_state
@@ -28,7 +29,10 @@ def wrapped_recipe(model: nn.Module) -> dict[str, Any]:
     if any(spec != specs[0] for spec in specs):
         raise ValueError(f"{type(model).__name__} has parts that were wrapped differently: save the attention of each part.")
     attention = {"name": specs[0].name, "options": dict(specs[0].options)}
-    return {"attention": attention, "sites": [asdict(site) for site, _ in found]}
+    mask_from, masked = masks(model)
+    name = getattr(mask_from, "__qualname__", type(mask_from).__qualname__)  # a callable is not written, only that there is one
+    mask = {"mask": {"mask_from": name, "sites": masked}} if masked else {}
+    return {"attention": attention, "sites": [asdict(site) for site, _ in found], **mask}
 
 
 def fused_recipe(net: Fused) -> dict[str, Any]:
@@ -49,9 +53,15 @@ def fused_recipe(net: Fused) -> dict[str, Any]:
     }
 
 
-def wrap_again(network: nn.Module, recipe: Mapping[str, Any], example_input: Any, factory: Factory | None) -> None:
-    """Put attention into a network, without its weights, where and as a file says; a callable of the user is `factory`."""
-    sites = [site_of(entry) for entry in recipe["sites"]]
+def wrap_again(
+    network: nn.Module,
+    recipe: Mapping[str, Any],
+    example_input: Any,
+    factory: Factory | None,
+    mask_from: MaskFrom | None = None,
+) -> None:
+    """Put attention into a network, without its weights, where and as a file says; `factory` and `mask_from` are the user's."""
+    sites, masked = [site_of(entry) for entry in recipe["sites"]], checked_masked(recipe, mask_from)
     if not sites:
         return
     found = survey(network, example_input, prepare=detach, **hints(sites))
@@ -60,7 +70,23 @@ def wrap_again(network: nn.Module, recipe: Mapping[str, Any], example_input: Any
     spec = Spec(**recipe["attention"], factory=factory)
     if factory is not None and ":" not in spec.name:
         raise ValueError(f"the file holds the attention {spec.name!r}, which needs no callable: leave attention= out.")
-    attach(network, rehearse(found, sites, repeated=True), spec)
+    slots = [replace(slot, is_masked=slot.name in masked) for slot in rehearse(found, sites, repeated=True)]
+    attach(network, slots, spec, mask_from)
+
+
+def checked_masked(recipe: Mapping[str, Any], mask_from: MaskFrom | None) -> list[str]:
+    """The names of the sites that use a mask; a `ValueError` unless `mask_from` is given where they need it, and only there."""
+    mask = recipe.get("mask")
+    if mask is None:
+        if mask_from is not None:
+            raise ValueError("the file holds attention that uses no mask: leave mask_from= out.")
+        return []
+    if not callable(mask_from):
+        raise ValueError(
+            f"the file holds attention that was wrapped with mask_from={mask['mask_from']}, a callable, which a file cannot "
+            f"hold, got {mask_from!r}: pass it again, load_attention(..., mask_from=...)."
+        )
+    return mask["sites"]
 
 
 def fuse_again(

@@ -9,6 +9,7 @@ from torch import nn
 from drifa_attn.checks import check_mapping, count, number
 from drifa_attn.layout import Layout
 from drifa_attn.wrapping.norms import remember
+from drifa_attn.wrapping.inject import masks
 from drifa_attn.wrapping.plan import PARALLEL
 from drifa_attn.wrapping.selection import checked_layouts
 
@@ -126,6 +127,11 @@ def check_backbones(backbones: Any) -> None:
         if isinstance(backbone, PARALLEL) or hasattr(backbone, "_orig_mod") or backbone._compiled_call_impl is not None:
             raise ValueError(
                 f"fuse got a parallel or compiled backbone {name!r}: fuse first, then make the whole parallel or compile it."
+            )
+        if masks(backbone)[1]:
+            raise ValueError(
+                f"fuse got a backbone {name!r} that was wrapped with mask_from=: a fused network runs its parts one after "
+                "another, where that mask is not known. Wrap it without mask_from."
             )
     if len({id(backbone) for backbone in backbones.values()}) < len(backbones):
         raise ValueError("fuse got one network under several names: copy.deepcopy it, or give each modality its own.")
