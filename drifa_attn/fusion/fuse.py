@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from drifa_attn.checks import check_mapping, count, number
+from drifa_attn.randomness import forked, seed_from
 from drifa_attn.wrapping.plan import PARALLEL
 
 from .branches import advanced, surveyed, without_classifier
@@ -27,6 +28,7 @@ def fuse(
     modality_dropout: float = 0.0,
     classifiers: Mapping[str, str] | None = None,
     example_inputs: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Fused:
     """Fuse backbones of any family, one per modality, stage by stage, and give the whole one head per task (Fig. 1A).
 
@@ -49,6 +51,7 @@ def fuse(
         modality_dropout: in training, the probability that a present modality is dropped, in [0, 1).
         classifiers: {modality: module name} to take off where a backbone has no `reset_classifier`; others keep their output.
         example_inputs: {modality: tensor} where a network does not say what it takes.
+        generator: what the new weights follow, as `wrap` takes it. No global random state is moved.
 
     Raises: ValueError, TypeError: an argument out of its range, or a backbone that cannot be advanced, with the reason. The
         backbones are then untouched.
@@ -62,30 +65,31 @@ def fuse(
     dropout, modality_dropout = rate("dropout", dropout), rate("modality_dropout", modality_dropout)
     check_known(backbones, classifiers=classifiers, example_inputs=example_inputs)
     refiner, readout = system(fusion)
-    found = {name: surveyed(name, one, classifiers.get(name), example_inputs.get(name)) for name, one in backbones.items()}
-    stages, outputs, parts = paired(found, at), branch_outputs(found), {}
-    for name, backbone in backbones.items():
-        names = [sites[name].module for sites in stages if name in sites]
-        parts[name] = advanced(name, backbone, found[name], names, classifiers.get(name), example_inputs.get(name))
-    places = [list(sites.values()) for sites in stages]
-    options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
-    refiners = [refiner(where, **options, **factory) for where in places] if refiner else []
-    net = Fused(
-        {name: nn.Identity() for name in backbones},
-        refiners,
-        readout(list(outputs.values()), places, **({} if refiner else options), **factory),
-        tasks,
-        stages=stages,
-        outputs=outputs,
-        parts=parts,
-        dropout=dropout,
-        modality_dropout=modality_dropout,
-        recipe={"fusion": fusion, "fusion_options": options, "classifiers": classifiers},
-        **factory,
-    )
-    for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more
-        net.branches[name] = without_classifier(backbone, name, classifiers.get(name))
-    return net
+    with forked(seed_from("fuse", generator), *backbones.values()):
+        found = {name: surveyed(name, one, classifiers.get(name), example_inputs.get(name)) for name, one in backbones.items()}
+        stages, outputs, parts = paired(found, at), branch_outputs(found), {}
+        for name, backbone in backbones.items():
+            names = [sites[name].module for sites in stages if name in sites]
+            parts[name] = advanced(name, backbone, found[name], names, classifiers.get(name), example_inputs.get(name))
+        places = [list(sites.values()) for sites in stages]
+        options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
+        refiners = [refiner(where, **options, **factory) for where in places] if refiner else []
+        net = Fused(
+            {name: nn.Identity() for name in backbones},
+            refiners,
+            readout(list(outputs.values()), places, **({} if refiner else options), **factory),
+            tasks,
+            stages=stages,
+            outputs=outputs,
+            parts=parts,
+            dropout=dropout,
+            modality_dropout=modality_dropout,
+            recipe={"fusion": fusion, "fusion_options": options, "classifiers": classifiers},
+            **factory,
+        )
+        for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more
+            net.branches[name] = without_classifier(backbone, name, classifiers.get(name))
+        return net
 
 
 def factory_kwargs(backbones: Mapping[str, nn.Module]) -> dict[str, Any]:

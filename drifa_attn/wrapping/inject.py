@@ -18,6 +18,7 @@ from torch import nn
 from drifa_attn.attention import Refines, Spec, build
 from drifa_attn.layout import Place, as_place
 from drifa_attn.network.site import Site
+from drifa_attn.randomness import forked
 from drifa_attn.trees import Path, replace_tensor
 
 Step = Callable[[nn.Module, Any], Any]
@@ -143,13 +144,17 @@ def placed(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
             yield step.site(name), step.attention(module)
 
 
-def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec) -> None:
-    """Put attention into every slot of a network; all of it is built before anything changes."""
+def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec, seed: int | None = None) -> None:
+    """Put attention into every slot of a network; all of it is built before anything changes.
+
+    Its weights follow the seed, or `seed_of` the network; no global random state is moved.
+    """
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     built = []
-    for slot in sorted(slots, key=lambda slot: order[slot.carrier]):
-        attention = build(spec, slot, **factory_kwargs(model, slot.carrier))
-        built.append((slot, attention.train(model.get_submodule(slot.carrier).training)))
+    with forked(seed, model):
+        for slot in sorted(slots, key=lambda slot: order[slot.carrier]):
+            attention = build(spec, slot, **factory_kwargs(model, slot.carrier))
+            built.append((slot, attention.train(model.get_submodule(slot.carrier).training)))
     for slot, attention in built:
         owner = model.get_submodule(slot.owner)
         child = free_name(owner)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from drifa_attn.attention import Init
 from drifa_attn.checks import check_module
 from drifa_attn.layout import Layout
+from drifa_attn.randomness import seed_from
 
 from .inject import attach, detach, placed
 from .plan import At, Attention, plan
@@ -26,6 +28,7 @@ def wrap(
     init: Init = "identity",
     example_input: Any = None,
     layouts: Mapping[str, Layout] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Network:
     """Put attention into a network, in place, and return the same network.
 
@@ -35,7 +38,15 @@ def wrap(
     With `init="identity"` its outputs do not change by one bit until training moves them. Its class, the names of its weights,
     its methods and its mode stay; the attention follows its device and dtype. `plan` says first what `wrap` would do.
 
-    Args, Raises: as `plan`. When it raises, the network is untouched.
+    The weights of the attention are random, and drawing them moves no global random state, of the CPU or of a device: a wrapped
+    and an unwrapped run see the same shuffles.
+
+    Args: as `plan`, and
+        generator: what the weights follow. None: the global random state as it is, which `torch.manual_seed` sets, and the
+            network's own weights with it, so that two networks start with two attentions. Copies of one network that are
+            wrapped in one state start alike: as members of an ensemble they want a generator.
+
+    Raises: as `plan`. When it raises, the network is untouched.
     Differs: the paper builds its own network; `variant="paper"` gives its block, RRA, inside this one.
     """
     chosen = plan(
@@ -49,7 +60,7 @@ def wrap(
         example_input=example_input,
         layouts=layouts,
     )
-    attach(model, chosen.sites, chosen.spec)
+    attach(model, chosen.sites, chosen.spec, seed_from("wrap", generator))
     return model
 
 
