@@ -16,12 +16,13 @@ from drifa_attn import MFA, ops
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "drifa_attn"
 FILES = sorted(PACKAGE.rglob("*.py"))
-GROUND = {"functional", "layout", "trees", "checks"}
+GROUND = {"functional", "layout", "trees", "checks", "randomness"}
 
 # What each room may import besides itself.
 ARROWS = {
     "functional": set(),
     "trees": set(),
+    "randomness": set(),
     "layout": {"functional", "trees", "checks"},
     "checks": {"functional", "trees", "layout"},
     "ops": GROUND,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from drifa_attn.fusion import Fused
 from drifa_attn.wrapping.active import attentions
-from drifa_attn.wrapping.norms import moved, tracking
 from drifa_attn.wrapping.masking import MaskFrom
+from drifa_attn.wrapping.norms import moved, tracking
 from drifa_attn.wrapping.plan import check_backbone
 from drifa_attn.wrapping.training import classifier_names
 from drifa_attn.wrapping.wrap import Network

@@ -8,8 +8,9 @@ from torch import nn
 
 from drifa_attn.checks import check_mapping, count, number
 from drifa_attn.layout import Layout
-from drifa_attn.wrapping.norms import remember
+from drifa_attn.randomness import forked, seed_from
 from drifa_attn.wrapping.inject import masks
+from drifa_attn.wrapping.norms import remember
 from drifa_attn.wrapping.plan import PARALLEL
 from drifa_attn.wrapping.selection import checked_layouts
 
@@ -32,6 +33,7 @@ def fuse(
     classifiers: Mapping[str, str | None] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Mapping[str, Layout]] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Fused:
     """Fuse backbones of any family, one per modality, stage by stage, and give the whole one head per task (Fig. 1A).
 
@@ -61,6 +63,7 @@ def fuse(
             of keyword arguments, such as token ids and their mask. Batches then hold the same for this modality.
         layouts: {modality: {module name: "b c ..." or "b ... c"}} where the layout of a feature cannot be told; the name "" is
             the network's own output.
+        generator: what the new weights follow, as `wrap` takes it. No global random state is moved.
 
     Raises: ValueError, TypeError: an argument out of its range, or a backbone that cannot be advanced, with the reason. The
         backbones are then untouched.
@@ -77,21 +80,40 @@ def fuse(
     check_classifiers(classifiers)
     ends = {name: classifiers.get(name, "") for name in backbones}
     system(fusion)  # told before anything is traced
-    found = {}
+    recipe = {"fusion": fusion, "fusion_options": dict(fusion_options or {}), "classifiers": classifiers, "layouts": layouts}
+    with forked(seed_from("fuse", generator), *backbones.values()):
+        net = assembled(backbones, tasks, at, ends, example_inputs, recipe=recipe, rates=(dropout, modality_dropout))
+    for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more
+        net.branches[name] = without_classifier(backbone, name, ends[name])
+    remember(net)
+    return net
+
+
+def assembled(
+    backbones: Mapping[str, nn.Module],
+    tasks: Mapping[str, int],
+    at: Pairs,
+    ends: Mapping[str, str | None],
+    examples: Mapping[str, Any],
+    *,
+    recipe: Mapping[str, Any],
+    rates: tuple[float, float],
+) -> Fused:
+    """The fused network with nothing yet in the places of its branches; the backbones are read alone."""
+    found, parts = {}, {}
     for name, backbone in backbones.items():
-        known = checked_layouts(layouts.get(name, {}))
-        found[name] = surveyed(name, backbone, ends[name], example_inputs.get(name), layouts=known)
+        known = checked_layouts(recipe["layouts"].get(name, {}))
+        found[name] = surveyed(name, backbone, ends[name], examples.get(name), layouts=known)
         check_output(name, backbone, found[name], ends[name])
-    stages, outputs, parts = paired(found, at), branch_outputs(found), {}
-    options, factory = dict(fusion_options or {}), factory_kwargs(backbones)
+    stages, outputs, factory = paired(found, at), branch_outputs(found), factory_kwargs(backbones)
     places = [list(sites.values()) for sites in stages]
-    refiners, readout = built(fusion, list(outputs.values()), places, options, factory)
+    refiners, readout = built(recipe["fusion"], list(outputs.values()), places, recipe["fusion_options"], factory)
     if not refiners and not readout.keeps:
         stages = []  # every backbone runs to its end
     for name, backbone in backbones.items():
         names = [sites[name].module for sites in stages if name in sites]
-        parts[name] = advanced(name, backbone, found[name], names, ends[name], example_inputs.get(name))
-    net = Fused(
+        parts[name] = advanced(name, backbone, found[name], names, ends[name], examples.get(name))
+    return Fused(
         {name: nn.Identity() for name in backbones},
         refiners,
         readout,
@@ -99,16 +121,12 @@ def fuse(
         stages=stages,
         outputs=outputs,
         parts=parts,
-        dropout=dropout,
-        modality_dropout=modality_dropout,
-        recipe={"fusion": fusion, "fusion_options": options, "classifiers": classifiers, "layouts": layouts},
+        dropout=rates[0],
+        modality_dropout=rates[1],
+        recipe=recipe,
         flops=sum(one.first.flops // max(one.first.batch, 1) for one in found.values()),
         **factory,
     )
-    for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more
-        net.branches[name] = without_classifier(backbone, name, ends[name])
-    remember(net)
-    return net
 
 
 def factory_kwargs(backbones: Mapping[str, nn.Module]) -> dict[str, Any]:

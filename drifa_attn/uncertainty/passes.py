@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from drifa_attn.checks import check_mapping, count
 from drifa_attn.network.modes import eagerly
-from drifa_attn.network.randomness import seed_from, untouched
+from drifa_attn.randomness import seed_from, untouched
 from drifa_attn.trees import map_tensors, tensors_in
 
 from .dropout import DropoutMode

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from drifa_attn.checks import check_kinds
 from drifa_attn.network.modes import eval_mode
-from drifa_attn.network.randomness import sources
+from drifa_attn.randomness import sources
 
 from .dropout import is_dropout
 from .heads import ONLY, Heads, check_head, check_heads, kinds_given, picked

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from drifa_attn.attention import Refines, Spec, build
 from drifa_attn.layout import Place, as_place
 from drifa_attn.network.site import Site
+from drifa_attn.randomness import forked
 from drifa_attn.trees import Path, holds, replace_tensor
 
 from .masking import MaskFrom, Masking
@@ -198,14 +199,20 @@ def masks(model: nn.Module) -> tuple[MaskFrom | None, list[str]]:
     return (steps[0][1].masking.mask_from if steps else None), [step.site(name).name for name, step in steps]
 
 
-def attach(model: nn.Module, slots: Sequence[Slot], spec: Spec, mask_from: MaskFrom | None = None) -> None:
-    """Put attention into every slot of a network; all of it is built before anything changes."""
+def attach(
+    model: nn.Module, slots: Sequence[Slot], spec: Spec, mask_from: MaskFrom | None = None, *, seed: int | None = None
+) -> None:
+    """Put attention into every slot of a network; all of it is built before anything changes.
+
+    Its weights follow the seed, or go on from where the global generators are; no global random state is moved.
+    """
     masking = None if mask_from is None else Masking(mask_from)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     built = []
-    for slot in sorted(slots, key=lambda slot: order[slot.carrier]):
-        attention = build(spec, slot, **factory_kwargs(model, slot.carrier))
-        built.append((slot, attention.train(model.get_submodule(slot.carrier).training)))
+    with forked(seed, model):
+        for slot in sorted(slots, key=lambda slot: order[slot.carrier]):
+            attention = build(spec, slot, **factory_kwargs(model, slot.carrier))
+            built.append((slot, attention.train(model.get_submodule(slot.carrier).training)))
     for slot, attention in built:
         owner = model.get_submodule(slot.owner)
         child = free_name(owner)

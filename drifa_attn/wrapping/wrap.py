@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from drifa_attn.attention import Init
 from drifa_attn.checks import check_module
 from drifa_attn.layout import Layout
+from drifa_attn.randomness import seed_from
 
 from .inject import attach, detach, placed
 from .masking import MaskFrom
@@ -28,6 +30,7 @@ def wrap(
     example_input: Any = None,
     layouts: Mapping[str, Layout] | None = None,
     mask_from: MaskFrom | None = None,
+    generator: torch.Generator | None = None,
 ) -> Network:
     """Put attention into a network, in place, and return the same network.
 
@@ -37,7 +40,15 @@ def wrap(
     With `init="identity"` its outputs do not change by one bit until training moves them. Its class, the names of its weights,
     its methods and its mode stay; the attention follows its device and dtype. `plan` says first what `wrap` would do.
 
-    Args, Raises: as `plan`. When it raises, the network is untouched.
+    The weights of the attention are random, and drawing them moves no global random state, of the CPU or of a device: a wrapped
+    and an unwrapped run see the same shuffles.
+
+    Args: as `plan`, and
+        generator: what the weights follow. None: the global random state as it is, which `torch.manual_seed` sets, and the
+            network's own weights with it, so that two networks start with two attentions. Copies of one network that are
+            wrapped in one state start alike: as members of an ensemble they want a generator.
+
+    Raises: as `plan`. When it raises, the network is untouched.
     Differs: the paper builds its own network; `variant="paper"` gives its block, RRA, inside this one.
     """
     chosen = plan(
@@ -52,7 +63,7 @@ def wrap(
         layouts=layouts,
         mask_from=mask_from,
     )
-    attach(model, chosen.sites, chosen.spec, mask_from)
+    attach(model, chosen.sites, chosen.spec, mask_from, seed=seed_from("wrap", generator))
     return model
 
 

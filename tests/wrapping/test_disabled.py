@@ -8,22 +8,19 @@ import pickle
 import pytest
 import timm
 import torch
-from torch import nn
 
 from drifa_attn import MFA, disabled, fuse, gates, wrap
 from drifa_attn.attention import Refines
 from tests._compare import assert_same_bits, assert_same_math
+from tests.cases import perturb_
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def moved_(model):
     """The network with attention that does something."""
-    for module in model.modules():
-        if isinstance(module, Refines):
-            for name, parameter in module.named_parameters():
-                if name.rpartition(".")[2] in ("alpha", "strength") or "alphas" in name:
-                    nn.init.constant_(parameter, 0.5)
+    for module in layers(model):
+        perturb_(module)
     return model.eval()
 
 
