@@ -23,8 +23,10 @@ class TaskLoss(nn.Module):
         weights: None, {task: weight >= 0}, or "uncertainty" (Kendall et al., 2018; its parameters belong in the optimizer, and
             in DDP beside the network's).
 
-    Shape: {task: logits `b k`}, {task: classes `b`, −100 where a sample has no label} -> scalar, float32 at least. A task that
-        no sample of the batch has a label for adds zero and moves nothing, its s_t included.
+    `auxiliary` is what a fusion adds in training, `net.losses()`: each is added as it is.
+
+    Shape: {task: logits `b k`}, {task: classes `b`, −100 where a sample has no label}, {name: scalar} or None -> scalar,
+        float32 at least. A task that no sample of the batch has a label for adds zero and moves nothing, its s_t included.
     Raises: ValueError: other tasks than named, a weight that is negative or not finite, or logits and labels of another kind
         (soft labels, one logit); TypeError: no dicts, no tensors.
     Source: Fig. 1A; the learned weights are arXiv:1705.07115. Differs: the paper has fixed weights alone.
@@ -46,7 +48,9 @@ class TaskLoss(nn.Module):
             raise ValueError(f'TaskLoss expected weights >= 0 for {self.tasks}, "uncertainty" or None, got {weights!r}.')
         self.register_buffer("weights", torch.tensor([float(fixed[task]) for task in self.tasks]), persistent=False)
 
-    def forward(self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], auxiliary: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The loss of a batch."""
         for what, given in (("logits", logits), ("labels", labels)):
             if not isinstance(given, Mapping):
@@ -61,9 +65,17 @@ class TaskLoss(nn.Module):
             counts.append((labels[task] != IGNORED).sum())
         count = torch.stack(counts)
         losses = torch.stack(each) / count.clamp(min=1)
+        added = auxiliary_sum(auxiliary)
         if self.log_variances is None:
-            return (self.weights.to(losses) * losses).sum()
-        return (torch.exp(-self.log_variances) * losses + (count > 0) * self.log_variances / 2).sum()
+            return (self.weights.to(losses) * losses).sum() + added
+        return (torch.exp(-self.log_variances) * losses + (count > 0) * self.log_variances / 2).sum() + added
+
+
+def auxiliary_sum(auxiliary: Mapping[str, Tensor] | None) -> Tensor | float:
+    """The sum of what a fusion adds to the loss; zero where it adds nothing."""
+    if not isinstance(auxiliary or {}, Mapping):
+        raise TypeError(f"TaskLoss expected auxiliary as a dict, net.losses(), got {type(auxiliary).__name__}.")
+    return sum((auxiliary or {}).values(), 0.0)
 
 
 def check_labelled(task: str, logits: Any, labels: Any) -> None:
