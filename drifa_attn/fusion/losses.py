@@ -37,7 +37,9 @@ class TaskLoss(nn.Module):
             and one kind is that of all tasks.
         class_weights: {task: k weights >= 0}; for "multilabel" they are those of what is there, the positive labels.
 
-    Shape: {task: logits `b k`, k >= 2 for classes}, {task: labels} -> scalar, float32 at least. Labels of classes are integers
+    `auxiliary` is what a fusion adds in training, `net.losses()`: each is added as it is.
+
+    Shape: {task: logits `b k`, k >= 2 for classes}, {task: labels}, {name: scalar} or None -> scalar, float32 at least. Labels of classes are integers
         `b`, −100 where a sample has none, or probabilities `b k`, rows of NaN where it has none; of the other kinds they are
         floating-point `b k` (`b` too where k is one), NaN where there is none. A task that no sample of the batch has a label
         for adds zero and moves nothing, its s_t included.
@@ -78,7 +80,9 @@ class TaskLoss(nn.Module):
             raise ValueError(f'TaskLoss expected weights >= 0 for {self.tasks}, "uncertainty" or None, got {weights!r}.')
         self.register_buffer("weights", torch.tensor([float(fixed[task]) for task in self.tasks]), persistent=False)
 
-    def forward(self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], auxiliary: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The loss of a batch."""
         for what, given in (("logits", logits), ("labels", labels)):
             if not isinstance(given, Mapping):
@@ -94,7 +98,14 @@ class TaskLoss(nn.Module):
         each = self.weights.to(losses) * losses
         if self.log_variances is not None:
             each = torch.exp(-self.log_variances) * each + (number > 0) * self.log_variances / 2
-        return each.sum().masked_fill(~valid.all(), math.nan)
+        return each.sum().masked_fill(~valid.all(), math.nan) + auxiliary_sum(auxiliary)
+
+
+def auxiliary_sum(auxiliary: Mapping[str, Tensor] | None) -> Tensor | float:
+    """The sum of what a fusion adds to the loss; zero where it adds nothing."""
+    if not isinstance(auxiliary or {}, Mapping):
+        raise TypeError(f"TaskLoss expected auxiliary as a dict, net.losses(), got {type(auxiliary).__name__}.")
+    return sum((auxiliary or {}).values(), 0.0)
 
 
 def names_of(tasks: Any) -> list[str]:

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 import drifa_attn
 from examples.arguments import Parser, check_files, integer, output, source
 from examples.drifa_net.data import IGNORE, Data, load
-from examples.drifa_net.networks import Concat, Inputs, Labels, Named, attentions, named, restored
+from examples.drifa_net.networks import Inputs, Labels, Named, attentions, named, restored
 
 ENOUGH = 16  # positions that a Grad-CAM should have at least
 BINS = 60
@@ -72,7 +72,7 @@ def stage_of(net: nn.Module, branch: str, image: Tensor) -> tuple[nn.Module, Cal
         halved = [math.prod(-(-n // 4 // (1, 1, 2, 2, 4, 4, 8, 8)[k]) for n in image.shape[-2:]) for k in range(len(stages))]
         return stages[max((k for k, n in enumerate(halved) if n >= ENOUGH), default=0)], lambda x: x
     backbone = net.branches[branch]
-    if isinstance(net, Concat):
+    if not net.stages:
         sites = list(drifa_attn.plan(backbone, example_input=image).sites)
     else:
         sites = [stage[branch] for stage in net.stages if branch in stage]

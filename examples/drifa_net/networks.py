@@ -48,36 +48,12 @@ class Named(nn.Module):
         return dict(zip(self.names, fused.chunk(len(self.names), 1), strict=True))
 
 
-class Concat(nn.Module):
-    """The baseline without attention: every backbone to its end, the features side by side, one linear head per task.
-
-        f_i = backbone_i(x_i)        logits = lin(head, dropout([f_1 ; … ; f_m]))
-
-    Shape: {branch: images `b c h w`} -> {task: logits `b k`}.
-    """
-
-    def __init__(self, branches: Mapping[str, nn.Module], tasks: Mapping[str, int], *, dropout: float) -> None:
-        super().__init__()
-        self.branches = nn.ModuleDict(branches)
-        width = sum(backbone.num_features for backbone in branches.values())
-        self.dropout = nn.Dropout(dropout)
-        self.heads = nn.ModuleDict({task: nn.Linear(width, classes) for task, classes in tasks.items()})
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The logits of every task."""
-        fused = self.dropout(torch.cat(list(self.features(inputs).values()), 1))
-        return {task: head(fused) for task, head in self.heads.items()}
-
-    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The pooled features `b c` of every branch."""
-        return {name: backbone(inputs[name]) for name, backbone in self.branches.items()}
-
-
 def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
     """The network of a run.
 
     Args:
-        configuration: its "model", with "width" and "reduction" of a DRIFA-Net, or "backbones" and "pretrained" of the others.
+        configuration: its "model", with "width" and "reduction" of a DRIFA-Net, or "backbones" and "pretrained" of the others,
+            and the "fusion" of fuse.
         data: whose branches and tasks it gets.
 
     Raises: ValueError: backbones that timm does not have, that are neither one nor one per branch, or that cannot be fused.
@@ -94,16 +70,15 @@ def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
     backbones = {}
     for name, (branch, shape) in zip(names * (len(shapes) // len(names)), shapes.items(), strict=True):
         backbones[branch] = backbone(name, shape, pretrained=configuration["pretrained"])
-    if configuration["model"] == "concat":
-        return Concat(backbones, tasks, dropout=0.25)
+    fusion = "concat" if configuration["model"] == "concat" else configuration.get("fusion", "mifa")
     examples = {branch: torch.zeros(2, *shape) for branch, shape in shapes.items()}
-    return drifa_attn.fuse(backbones, tasks, dropout=0.25, example_inputs=examples)
+    return drifa_attn.fuse(backbones, tasks, fusion=fusion, dropout=0.25, example_inputs=examples)
 
 
 def calibrate(net: nn.Module, data: Data) -> None:
-    """Fit the attention of a fused network, before training, to training images; fewer than 16 are too few, and do nothing."""
+    """Fit the paper's attention of a fused network, before training, to training images; fewer than 16 are too few."""
     count = min(len(data.train), CALIBRATION)
-    if isinstance(net, drifa_attn.Fused) and count >= 16:
+    if isinstance(net, drifa_attn.Fused) and attentions(net) and count >= 16:
         samples = [data.train[i] for i in range(count)]
         images = [torch.stack(branch) for branch in zip(*(images for images, _ in samples), strict=True)]
         inputs, _ = named(images, torch.stack([targets for _, targets in samples]), data, torch.device("cpu"))
@@ -124,7 +99,7 @@ def rehearse(net: nn.Module, data: Data) -> None:
 
 
 def groups(net: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """The weights for an optimizer; the attention of a fused network gets five times the rate."""
+    """The weights for an optimizer; what refines in a fused network gets five times the rate."""
     if not isinstance(net, drifa_attn.Fused):
         return [{"params": list(net.parameters()), "lr": lr}]
     return drifa_attn.parameter_groups(net, lr, 5 * lr)

@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+import drifa_attn
 from examples.arguments import Parser, check_files, integer, output, positive, source
 from examples.drifa_net.data import Data
 from examples.drifa_net.networks import MODELS
@@ -18,6 +19,7 @@ def parser(description: str) -> Parser:
     add = whole.add_argument
     add("--data", nargs="+", type=source, default=[], help="a folder or .npz for each branch; none: scikit-learn's digits")
     add("--model", choices=MODELS, default="drifa_net", help="concat is fuse without attention (default: %(default)s)")
+    add("--fusion", choices=drifa_attn.fusion.FUSIONS, default="mifa", help="of the model fuse (default: %(default)s)")
     add("--backbones", nargs="+", default=["resnet10t"], help="timm networks of fuse and concat, one or one a branch")
     add("--pretrained", action="store_true", help="download the backbones' weights")
     add("--width", type=integer(1), default=16, help="channels of DRIFA-Net's first stage; paper: 64 (default: %(default)s)")

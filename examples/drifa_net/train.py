@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from drifa_attn import TaskLoss
+from drifa_attn import Fused, TaskLoss
 from examples.drifa_net.data import Data, Pairs, load
 from examples.drifa_net.metrics import scores
 from examples.drifa_net.networks import build, calibrate, groups, named, rehearse
@@ -62,7 +62,8 @@ class Learner(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
         """The loss of a batch."""
-        return self.loss(self.net(inputs), labels)
+        logits = self.net(inputs)
+        return self.loss(logits, labels, self.net.losses() if isinstance(self.net, Fused) else None)
 
 
 class Run:

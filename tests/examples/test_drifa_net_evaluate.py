@@ -8,9 +8,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+import drifa_attn
 from examples.drifa_net import evaluate, figures, train
 from examples.drifa_net.data import load
-from examples.drifa_net.networks import Concat, attentions, backbone, restored
+from examples.drifa_net.networks import attentions, backbone, restored
 
 SIZE = ("--size", "8")
 
@@ -108,7 +109,9 @@ def test_grad_cam_reads_every_layout(model):
     """Evidence that lies in one corner of the image is found there, whatever the order of axes."""
     torch.manual_seed(0)
     size = 64
-    net = Concat({"left": backbone(model, (3, size, size), pretrained=False)}, {"task": 2}, dropout=0).eval()
+    branch = backbone(model, (3, size, size), pretrained=False)
+    examples = {"left": torch.zeros(2, 3, size, size)}
+    net = drifa_attn.fuse({"left": branch}, {"task": 2}, fusion="concat", example_inputs=examples).eval()
     layer, transform = figures.stage_of(net, "left", torch.zeros(1, 3, size, size))
     outputs = []
     layer.register_forward_hook(lambda _, __, output: outputs.append(output))

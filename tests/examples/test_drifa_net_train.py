@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 import drifa_attn
+from drifa_attn import TaskLoss
 from examples.drifa_net import train
 from examples.drifa_net.data import IGNORE, load
 from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
-from examples.drifa_net.networks import attentions, restored
+from examples.drifa_net.networks import attentions, build, restored
 from tests._compare import assert_same_bits, assert_same_math
 from tests.examples.collections import write_archive
 
@@ -148,15 +149,21 @@ def test_two_processes_train_as_one_and_count_every_image_once(tmp_path, monkeyp
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # flags() sets that flag too
 @pytest.mark.parametrize(
     "options",
-    [("--width", "4", "--reduction", "2"), FUSE, (*FUSE[2:], "--model", "concat"), (*FUSE, "--mixed-precision", "bf16")],
-    ids=["drifa_net", "fuse", "concat", "bf16"],
+    [
+        ("--width", "4", "--reduction", "2"),
+        FUSE,
+        (*FUSE[2:], "--model", "concat"),
+        (*FUSE, "--fusion", "gloria"),
+        (*FUSE, "--mixed-precision", "bf16"),
+    ],
+    ids=["drifa_net", "fuse", "concat", "gloria", "bf16"],
 )
 def test_every_model_learns_and_leaves_a_record_and_its_weights(options, tmp_path):
     # On processors with AMX, oneDNN gives NaN now and then in bfloat16 convolutions of a few pixels, here in backbones of timm.
     with torch.backends.mkldnn.flags(enabled="bf16" not in options):
         epochs = "1" if "bf16" in options else "2"
         (record,) = train.main([*TINY, *options, "--epochs", epochs, "--lr", "0.005", "--output", str(tmp_path)])
-    model = record["configuration"]["model"]
+    model, refined = record["configuration"]["model"], not {"concat", "gloria"} & {*options}
     folder = tmp_path / f"{model}-seed0"
     assert json.loads((folder / "run.json").read_text()) == record
     assert record.keys() == RECORD
@@ -164,15 +171,15 @@ def test_every_model_learns_and_leaves_a_record_and_its_weights(options, tmp_pat
     assert record["configuration"]["precision"] == ("bf16" if "bf16" in options else "no")
     data = load(size=8)
     net, _ = restored(folder, data)
-    assert bool(attentions(net)) == (model != "concat")
+    assert bool(attentions(net)) == refined
     assert sum(parameter.numel() for parameter in net.parameters()) == record["parameters"]
     found = train.metrics(train.predict(net, data.test, data, Accelerator(cpu=True), 64))
     if "bf16" not in options:
         assert record["test"] == {task: pytest.approx(values, abs=1e-6) for task, values in found.items()}
-    with drifa_attn.disabled(net) if model != "concat" else nullcontext():
+    with drifa_attn.disabled(net) if refined else nullcontext():
         off = net(train.named(*batch(data), data, torch.device("cpu"))[0])
     on = net(train.named(*batch(data), data, torch.device("cpu"))[0])
-    assert all(torch.equal(off[task], on[task]) == (model == "concat") for task in data.tasks)
+    assert all(torch.equal(off[task], on[task]) != refined for task in data.tasks)
 
 
 RECORD = {
@@ -304,3 +311,22 @@ def test_risk_coverage_by_hand():
     assert_same_math(risk_coverage(probs, labels, uncertainty), torch.tensor([0, 0, 0, 0.25]).double())
     found = abstention(probs, labels, uncertainty, share=0.25)
     assert found == pytest.approx({"aurc": 0.0625, "accuracy_all": 0.75, "kept": 3, "accuracy_kept": 1.0})
+
+
+def test_the_losses_of_a_fusion_are_learned_too():
+    """GLoRIA's come on top of the tasks'."""
+
+    class Nothing(TaskLoss):
+        def forward(self, logits, labels, auxiliary=None):
+            return super().forward(logits, labels)
+
+    data = load(size=8)
+    torch.manual_seed(0)
+    net = build({"model": "fuse", "fusion": "gloria", "backbones": ["test_resnet"], "pretrained": False}, data).train()
+    given = train.named(*batch(data), data, torch.device("cpu"))
+    found = []
+    for kind in (TaskLoss, Nothing):
+        torch.manual_seed(0)
+        found.append(train.Learner(net, kind(list(data.tasks)))(*given))
+    torch.testing.assert_close(found[0] - found[1], sum(net.losses().values()))
+    assert found[0] > found[1]

@@ -113,7 +113,7 @@ def read(layer, batch, present):
 
 
 @pytest.mark.parametrize("name", REFINERS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(batch=batches())
 @torch.no_grad()
 def test_a_refiner_is_its_equation_on_what_each_sample_has(name, batch):
@@ -138,7 +138,7 @@ def test_a_refiner_is_its_equation_on_what_each_sample_has(name, batch):
 
 
 @pytest.mark.parametrize("name", READOUTS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(batch=batches())
 @torch.no_grad()
 def test_a_readout_is_its_equation_on_what_each_sample_has(name, batch):

@@ -192,7 +192,7 @@ BAD = [
     ({"tasks": {"a": 0}}, ValueError, r"tasks\['a'\] to be an integer >= 1, got 0"),
     ({"fusion_options": {"reduction": 0}}, ValueError, "reduction to be an integer >= 1"),
     ({"fusion_options": {"init": "zero"}}, ValueError, 'init "paper" or "identity"'),
-    ({"fusion": "mmtn"}, ValueError, "expected fusion to be one of mifa, .* or a class, got 'mmtn'"),
+    ({"fusion": "mmtn"}, ValueError, "expected fusion to be one of mifa, concat, .*, iaff or a class, got 'mmtn'"),
     ({"fusion": 3}, TypeError, "a Refiner or a Readout class, got 3"),
     ({"tasks": {"keys": 2}}, ValueError, "got 'keys' among the names of tasks, which torch.nn.ModuleDict uses itself"),
     ({"modality_dropout": 1.0}, ValueError, r"modality_dropout in \[0, 1\), got 1.0"),

@@ -340,3 +340,25 @@ def test_class_weights_follow_the_module_and_stay_out_of_files():
     meta = loss.to("meta")
     assert {buffer.device.type for buffer in meta.buffers()} == {"meta"}
     assert TaskLoss(["a", "b"], kinds={"b": "multilabel"}).kinds == {"a": "classes", "b": "multilabel"}
+
+
+def test_what_a_fusion_adds_is_added_as_it_is():
+    extra = {"gloria local": torch.tensor(0.25, requires_grad=True), "gloria global": torch.tensor(0.5)}
+    for weights in (None, "uncertainty"):
+        loss = TaskLoss(["a", "b"], weights)
+        total = loss(LOGITS, LABELS, auxiliary=extra)
+        assert_same_math(total, loss(LOGITS, LABELS) + 0.75)
+        assert_same_math(loss(LOGITS, LABELS, auxiliary={}), loss(LOGITS, LABELS))
+    (grad,) = torch.autograd.grad(total, extra["gloria local"])
+    assert grad == 1
+    with pytest.raises(TypeError, match=r"expected auxiliary as a dict, net.losses\(\), got list"):
+        loss(LOGITS, LABELS, auxiliary=[*extra.values()])
+
+
+def test_learned_weights_are_half_the_loss_of_mttu():
+    """MTTU-Net adds exp(−s) L + s: at s − log 2 this is twice our loss and a constant."""
+    loss = TaskLoss(["a", "b"], "uncertainty")
+    s = torch.tensor([0.5, -1.0])
+    loss.log_variances.data.copy_(s)
+    theirs = sum(torch.exp(-(s_t - math.log(2))) * one + s_t - math.log(2) for s_t, one in zip(s, each(), strict=True))
+    assert_same_math(2 * loss(LOGITS, LABELS) - 2 * math.log(2), theirs)
