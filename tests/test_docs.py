@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,6 +12,7 @@ import timm
 import torch
 
 import drifa_attn
+from drifa_attn.commands.main import parsers
 from examples import quickstart
 from tests._process import run
 
@@ -46,6 +48,16 @@ def test_the_plan_of_the_readme_is_the_plan():
 def test_plain_lines_are_those_of_the_makefile(target, extra):
     plain = " && ".join([f'pip install -e ".[{extra}]"', *commands(target)])
     assert f"| `make {target}` | `{plain}` |" in README
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines()])
+def test_command_lines_of_the_readme_parse(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("attention.safetensors", "image.jpg"):
+        (tmp_path / file).touch()
+    program, *arguments = shlex.split(line, comments=True)
+    assert program == "drifa-attn"
+    assert parsers()[0].parse_args(arguments).command == arguments[0]
 
 
 def test_totals_are_those_of_the_coverage_table():

@@ -32,6 +32,8 @@ ARROWS = {
     "fusion": GROUND | {"attention", "network", "wrapping"},
     "uncertainty": GROUND | {"network", "wrapping"},
     "files": GROUND | {"attention", "network", "wrapping", "fusion"},
+    "commands": GROUND | {"ops", "attention", "network", "wrapping", "fusion", "uncertainty", "files", "__version__"},
+    "__main__": {"commands"},
 }
 FOREIGN = {"timm", "numpy", "tests", "examples", "benchmarks"}
 
@@ -62,6 +64,8 @@ def drawn(path):
             rooms.add(rest[0])
         elif path.name == "foreign.py" and name == "timm.layers":
             continue  # whose attentions it takes by their names
+        elif mine == "commands" and top == "timm":
+            continue  # whose networks it takes by their names
         elif top in FOREIGN or (top == "triton" and mine != "ops"):
             foreign.add(name)
     return rooms - {mine}, foreign

@@ -39,10 +39,10 @@ class TaskLoss(nn.Module):
 
     `auxiliary` is what a fusion adds in training, `net.losses()`: each is added as it is.
 
-    Shape: {task: logits `b k`, k >= 2 for classes}, {task: labels}, {name: scalar} or None -> scalar, float32 at least. Labels of classes are integers
-        `b`, −100 where a sample has none, or probabilities `b k`, rows of NaN where it has none; of the other kinds they are
-        floating-point `b k` (`b` too where k is one), NaN where there is none. A task that no sample of the batch has a label
-        for adds zero and moves nothing, its s_t included.
+    Shape: {task: logits `b k`, k >= 2 for classes}, {task: labels}, {name: scalar} or None -> scalar, float32 at least. Labels
+        of classes are integers `b`, −100 where a sample has none, or probabilities `b k`, rows of NaN where it has none; of the
+        other kinds they are floating-point `b k` (`b` too where k is one), NaN where there is none. A task that no sample of
+        the batch has a label for adds zero and moves nothing, its s_t included.
     Raises: ValueError: other tasks than named, a weight that is negative or not finite, logits or labels of another kind or
         shape, or labels out of their range; TypeError: no dicts, no tensors. The values of labels are read on the CPU alone: on
         a GPU that would wait for the device. There, and in compiled code, a label out of its range makes the loss of the batch

@@ -35,20 +35,23 @@ def layout_text(site: Any) -> str:
 
 def plan_text(plan: Any) -> str:
     """What `print(plan)` shows."""
+    title, header, rows, notes = plan_parts(plan)
+    return "\n".join([title, *table(header, rows, left=3), *notes])
+
+
+def plan_parts(plan: Any) -> tuple[str, Sequence[str], list[Sequence[str]], list[str]]:
+    """The title of a plan's table, its header and rows, and the lines below it."""
     header = ("site", "features", "layout", "channels", "params", "FLOPs")
-    rows = [
+    rows: list[Sequence[str]] = [
         (s.name, "×".join(map(str, s.shape)), layout_text(s), str(s.channels), count(s.params), count(s.flops))
         for s in plan.sites
     ]
     options = ", ".join(f"{key}={value!r}".replace("'", '"') for key, value in plan.spec.options.items())
     params, flops = sum(s.params for s in plan.sites), sum(s.flops for s in plan.sites)
-    return "\n".join(
-        [
-            f"{plan.network}, at={plan.at}, attention={plan.spec.name}({options})",
-            *table(header, rows, left=3),
-            f"{len(plan.sites)} sites add {count(params)} parameters ({share(params, plan.params)} of {count(plan.params)}) "
-            f"and {count(flops)} FLOPs per sample ({share(flops, plan.flops)} of {count(plan.flops)})",
-            *(f"skipped {name}: {reason}" for name, reason in plan.skipped),
-            *(f"note: {note}" for note in plan.notes),
-        ]
-    )
+    notes = [
+        f"{len(plan.sites)} sites add {count(params)} parameters ({share(params, plan.params)} of {count(plan.params)}) "
+        f"and {count(flops)} FLOPs per sample ({share(flops, plan.flops)} of {count(plan.flops)})",
+        *(f"skipped {name}: {reason}" for name, reason in plan.skipped),
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    return f"{plan.network}, at={plan.at}, attention={plan.spec.name}({options})", header, rows, notes
