@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-elsewhere lint matrix bench kernels clean
+.PHONY: demo test test-elsewhere lint matrix wild bench kernels clean
 
 demo: .venv/examples
 	$(BIN)/python -m examples.quickstart
@@ -29,6 +29,9 @@ lint: .venv/dev
 
 matrix: .venv/dev
 	$(BIN)/python -m benchmarks.matrix
+
+wild: .venv/wild
+	$(BIN)/python -m benchmarks.wild
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks bench
