@@ -167,7 +167,7 @@ BAD_FILES = {
         ValueError,
         r"'fc.bias' is \(3,\) in the file and \(10,\) in",
     ),
-    "a later format": (lambda p: edited(p, version=4), ValueError, "version 4, this drifa_attn reads version 3"),
+    "a later format": (lambda p: edited(p, version=5), ValueError, "version 5, this drifa_attn reads version 4"),
     "another module": (lambda p: moved(p, module="layer9"), ValueError, "at 'layer9', a module that ResNet does not have"),
     "another leaf": (lambda p: moved(p, path=[0]), ValueError, r"attention at 'layer1.*\[0\]', where ResNet can take none"),
     "other channels": (
