@@ -15,6 +15,9 @@ def write(path: str | Path, plan: Mapping[str, Any], tensors: Mapping[str, Tenso
     """Write a plan and tensors."""
     from safetensors.torch import save_file  # a dependency of timm; importing the package does not need it
 
+    for name, tensor in tensors.items():
+        if tensor.is_complex():
+            raise ValueError(f"save_attention cannot write {name!r}, {tensor.dtype}: safetensors holds no complex numbers.")
     written = json.dumps({"version": VERSION, **plan})
     is_sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
     whole = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()}

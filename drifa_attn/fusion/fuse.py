@@ -81,7 +81,7 @@ def fuse(
     ends = {name: classifiers.get(name, "") for name in backbones}
     system(fusion)  # told before anything is traced
     recipe = {"fusion": fusion, "fusion_options": dict(fusion_options or {}), "classifiers": classifiers, "layouts": layouts}
-    with forked(seed_from("fuse", generator), *backbones.values()):
+    with forked(seed_from("fuse", generator), *backbones.values()), torch.inference_mode(False):
         net = assembled(backbones, tasks, at, ends, example_inputs, recipe=recipe, rates=(dropout, modality_dropout))
     for name, backbone in backbones.items():  # the backbones change last, when nothing can fail any more
         net.branches[name] = without_classifier(backbone, name, ends[name])

@@ -21,8 +21,8 @@ def heads(survey: Survey) -> set[str]:
 def output_layers(survey: Survey) -> set[str]:
     """The innermost modules that give predictions: the last convolutions and linear layers, and what only follows them.
 
-    Such a layer gives the network's own output, or is narrower than what it reads, or works at a higher resolution than
-    another layer. The last layer of a trunk without a head does none of these.
+    Such a layer gives the network's own output, or maps that are narrower than what it reads or finer than others. The last
+    layer of a trunk without a head does none of these.
     """
     calls, modules = survey.first.calls, survey.modules
     innermost = [name for name in calls if next(modules[name].children(), None) is None]
@@ -38,7 +38,7 @@ def output_layers(survey: Survey) -> set[str]:
         site, read_channels = survey.found[name].sites[0], {p.shape[1] for p in modules[name].parameters() if p.ndim > 1}
         if name in survey.first.output_producers:
             found.add(name)
-        if resolution(survey, name) > coarsest or site.channels < min(read_channels):
+        if site.positions > 1 and (resolution(survey, name) > coarsest or site.channels < min(read_channels)):
             marks |= mark
             found.add(name)
     return found | {name for name in innermost if calls[name].input_reach & marks}

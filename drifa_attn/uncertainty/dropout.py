@@ -21,7 +21,7 @@ from drifa_attn.network.survey import survey
 from drifa_attn.trees import Path, replace_tensor
 from drifa_attn.wrapping.inject import carry, detach, release, steps_of
 from drifa_attn.wrapping.plan import check_network
-from drifa_attn.wrapping.selection import At, check_at, checked_layouts, matching, placed_at
+from drifa_attn.wrapping.selection import WAYS, At, check_at, checked_layouts, matching, placed_at
 from drifa_attn.wrapping.wrap import Network
 
 # Functions that drop at the rate they are called with where `training`, or `train`, says so.
@@ -92,7 +92,7 @@ def add_dropout(
         raise ValueError(f"{type(model).__name__} has been given dropout already: drifa_attn.remove_dropout(model) first.")
     check_at(at)
     found = survey(model, example_input, prepare=detach, layouts=checked_layouts(layouts or {}))  # attention is no obstacle
-    slots, _, _ = placed_at(found, at, matching(found.clone, at), layouts=layouts or {})
+    slots, _, _ = placed_at(found, at, [] if at in WAYS else matching(found.clone, at), layouts=layouts or {})
     for slot in slots:
         carry(model.get_submodule(slot.carrier), DropoutStep(float(p), slot.path, slot.layout), first=True)
     return model

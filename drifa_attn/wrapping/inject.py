@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from drifa_attn.attention import Refines, Spec, build
@@ -209,7 +210,7 @@ def attach(
     masking = None if mask_from is None else Masking(mask_from)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     built = []
-    with forked(seed, model):
+    with forked(seed, model), torch.inference_mode(False):  # what is built in inference mode could never be trained
         for slot in sorted(slots, key=lambda slot: order[slot.carrier]):
             attention = build(spec, slot, **factory_kwargs(model, slot.carrier))
             built.append((slot, attention.train(model.get_submodule(slot.carrier).training)))

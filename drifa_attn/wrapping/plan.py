@@ -14,7 +14,7 @@ from drifa_attn.network.survey import survey
 
 from .inject import STEPS, Refinement, Slot
 from .masking import MaskFrom, fitting
-from .selection import At, check_at, checked_layouts, matching, placed_at
+from .selection import WAYS, At, check_at, checked_layouts, matching, placed_at
 from .table import plan_text
 
 Attention = str | Callable[..., nn.Module]
@@ -104,7 +104,7 @@ def plan(
     check_at(at)
     given = attention, attention_options or {}
     spec = paper_spec(at, variant, reduction, init, given) if variant else checked_spec(*given, reduction, init)
-    named = matching(model, at)
+    named = [] if at in WAYS else matching(model, at)
     found = survey(model, example_input, layouts=checked_layouts(layouts or {}))
     slots, skipped, notes = placed_at(found, at, named, variant=variant, layouts=layouts or {})
     if mask_from is not None:

@@ -65,9 +65,7 @@ def check_at(at: Any) -> None:
 
 
 def matching(model: nn.Module, at: At) -> list[str]:
-    """The names of the modules that a regex, a list of names or a predicate selects; none where it is a way to choose them."""
-    if at in WAYS:
-        return []
+    """The names of the modules that a regex, a list of names or a predicate selects."""
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(at, str):
         return matching_pattern(model, at, names)

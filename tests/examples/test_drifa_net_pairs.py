@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from drifa_attn.fusion.losses import IGNORED
+from drifa_attn.fusion.terms import IGNORED
 from examples.drifa_net.augmentation import SHIFT, augment, shift
 from examples.drifa_net.data import IGNORE, Images, Pairs, load
 from examples.drifa_net.sources import Collection

@@ -65,6 +65,7 @@ class Record(nn.Module):
         return self.head(x + self.body(x))
 
 
+KEPT = {"record": None}  # its last linear layer stays
 VECTORS = {
     "equal widths": (lambda: layers(9, 16, 16, 16, 12), ["1", "3", "5", "7"]),
     "normed": (lambda: layers(9, 16, 16, 12, norm=True), ["0.2", "1.2", "2.2"]),
@@ -83,7 +84,7 @@ def test_vectors_meet_after_every_linear_layer(build, expected, at):
     """A last one that nothing follows is the head; a network without blocks meets others with its stages."""
     model, x = build().eval(), torch.randn(2, 9)
     y = model(x)
-    net = fuse({"record": model, "other": layers(5, 8, 8, 8, 8, 2)}, TASKS, at=at).eval()
+    net = fuse({"record": model, "other": layers(5, 8, 8, 8, 8, 2)}, TASKS, at=at, classifiers=KEPT | {"other": None}).eval()
     assert [sites["record"] for sites in met(net)] == expected
     inputs = {"record": x, "other": torch.randn(2, 5)}
     assert_same_bits(net.features(inputs)["record"], y)
@@ -97,7 +98,7 @@ def test_named_stages_of_plain_modules_meet():
     at = [{"image": "down", "record": "intake"}, {"image": "up", "record": "body"}]
     image = Net(lambda net, x: net.up(net.down(x)).mean((2, 3)), down=conv(), up=conv()).eval()
     inputs = {"image": torch.randn(2, 8, 6, 6), "record": torch.randn(2, 9)}
-    net = fuse({"image": image, "record": Record().eval()}, TASKS, at=at, example_inputs=inputs).eval()
+    net = fuse({"image": image, "record": Record().eval()}, TASKS, at=at, example_inputs=inputs, classifiers=KEPT).eval()
     assert met(net) == at
     assert [refiner.channels for refiner in net.refiners] == [(8, 16), (8, 16)]
     assert_same_bits(net.features(inputs)["image"], image(inputs["image"]))

@@ -30,12 +30,11 @@ def stages_of(model, x):
 def parts_of(model, stages, x):
     clone = meta_clone(model)
     with torch.no_grad():
-        return {training: cut(clone.train(training), stages, x.to("meta")) for training in (False, True)}
+        return {training: cut(clone.train(training), stages, ((x.to("meta"),), {})) for training in (False, True)}
 
 
 def run(model, parts, x, change=lambda output: output):
-    (x,), _ = enter(model, (x,), {})
-    output, handed = parts[0].run(model, x)
+    output, handed = parts[0].run(model, enter(model, (x,), {}))
     for part in parts[1:-1]:
         output, handed = part.run(model, change(output), *handed)
     return leave(model, parts[-1].run(model, change(output), *handed))
@@ -127,7 +126,7 @@ def test_what_is_followed_wrongly_is_found_by_trying(forward):
     net = Net(forward, a=conv(), b=conv())
     net.register_buffer("count", torch.zeros(()))
     with pytest.raises(NotCuttableError, match="another result in eval mode"):
-        check_parts(net, parts_of(net, ["a", "b"], X), ["a", "b"], X)
+        check_parts(net, parts_of(net, ["a", "b"], X), ["a", "b"], ((X,), {}))
 
 
 def by_size(net, x):
@@ -147,7 +146,7 @@ def test_sizes_and_attributes_are_followed_for_any_input():
     net = Net(sizes, a=conv(), b=conv())
     net.scale = torch.tensor(3.0)
     parts = parts_of(net, ["a", "b"], X)
-    check_parts(net, parts, ["a", "b"], X)
+    check_parts(net, parts, ["a", "b"], ((X,), {}))
     other = torch.randn(5, 8, 3, 9)
     assert_same_bits(run(net, parts[False], other), net(other))
 
@@ -155,7 +154,7 @@ def test_sizes_and_attributes_are_followed_for_any_input():
 def test_a_branch_on_the_size_holds_for_that_size():
     net = Net(by_size, a=conv(), b=conv())
     parts = parts_of(net, ["a", "b"], X)
-    check_parts(net, parts, ["a", "b"], X)
+    check_parts(net, parts, ["a", "b"], ((X,), {}))
     assert_same_bits(run(net, parts[False], X[:, :, :5, :5]), net(X[:, :, :5, :5]))
     with pytest.raises(ValueError, match="traced with True and now sees False: pass example_inputs of the size that you use"):
         run(net, parts[False], X[:, :, :4, :4])

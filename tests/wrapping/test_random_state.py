@@ -99,3 +99,11 @@ def test_the_state_of_a_gpu_stays(device):
         assert torch.equal(torch.cuda.get_rng_state(), state)
     assert all(same(one, other))
     assert {w.device.type for w in weights(one)} == {"cuda"}
+
+
+def test_what_is_built_in_inference_mode_trains():
+    with torch.inference_mode():
+        net = wrap(network())
+    assert not any(parameter.is_inference() for parameter in attention_parameters(net))
+    net(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in attention_parameters(net))

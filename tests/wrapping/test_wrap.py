@@ -254,7 +254,7 @@ BLIND = {
     "dead": (["dead"], r"at 'dead': the network's result does not depend on this output"),
     "shared": (["alias"], r"at= names no module of Net: \['alias'\]"),
     "scalar": (["scalar"], r"at 'scalar': its output is no floating-point feature: \(\)"),
-    "regex": ("twice|dead", r"Looked at:\n  twice: it is called 2 times in one forward\n  dead: the network's result"),
+    "regex": ("twice|dead", r"Looked at:\n  twice: it is called 2 times in one forward: .*\n  dead: the network's result"),
     "block": ("block", r"Net has no place .* at='block'. Looked at:\n  twice .*Conv2d"),
     "conv": ("conv", r"has no place for attention with at='conv'"),
 }
