@@ -69,3 +69,5 @@ def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
     printed = run(python, "-I", "-c", code, cwd=tmp_path)
     assert printed.startswith(site)
     assert "torch.Size([1, 1000])" in printed
+    listed = run(tmp_path / "env" / "bin" / "drifa-attn", cwd=tmp_path)
+    assert "example: drifa-attn plan resnet50" in listed
