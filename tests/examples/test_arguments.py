@@ -51,7 +51,7 @@ TRAIN = {
     "patience": ("--patience 0", "argument --patience: expected an integer >= 1, got '0'"),
     "size: 0": ("--size 0", "argument --size: expected an integer >= 1, got '0'"),
     "size: odd": ("--size 7", "load expected an even size for the halves of the digits, got 7"),
-    "size: too small": ("--model concat --backbones test_vit --size 4", "the network cannot take images of these sizes"),
+    "size: too small": ("--model concat --backbones test_vit --size 4", "could not be traced with inputs"),
     "seeds: nothing": ("--seeds", "argument --seeds: expected at least one argument"),
     "seeds: twice": ("--seeds 1 1", "--seeds expected different integers >= 0, got [1, 1]"),
     "seeds: negative": ("--seeds -1", "argument --seeds: expected an integer >= 0, got '-1'"),
