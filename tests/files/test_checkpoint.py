@@ -188,7 +188,7 @@ BAD_FILES = {
     "no dict": (lambda p: with_plan(p, "[1]"), ValueError, "attention.* has a plan that cannot be read .TypeError"),
     "no version": (lambda p: with_plan(p, "{}"), ValueError, "attention.* has a plan that cannot be read .KeyError"),
     "deep": (lambda p: with_plan(p, "[" * 100_000), ValueError, "attention.* has a plan that cannot be read"),
-    "no sites": (lambda p: with_plan(p, '{"version": 3}'), ValueError, "attention.* has a plan without sites or branches"),
+    "no sites": (lambda p: with_plan(p, '{"version": 4}'), ValueError, "attention.* has a plan without sites or branches"),
 }
 
 

@@ -220,7 +220,7 @@ def test_maps_hold_the_gate_of_every_stage_and_modality():
             here = present[:, list(inputs).index(name)]
             x, y = (positions(t[i], site.layout, site.num_prefix_tokens)[here] for t in (xs, ys))
             assert_same_math(y, x * gate[here, :, None])
-    assert all(0 < gate.min() and gate.max() < 1 for gate in maps.values())
+    assert all(0 < gate.min() and gate.max() <= 1 for gate in maps.values())  # in float32 σ reaches one
 
 
 def test_maps_hold_the_branches_own_attention_and_no_absent_modality():
