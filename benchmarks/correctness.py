@@ -105,3 +105,9 @@ def check(case: Case, setup: Setup, run: Callable[..., Any], mode: str, dtype: s
         bound = min(max(GRADIENT[dtype], 3 * eager_error), CAP)
         if not found <= bound:
             raise ValueError(f"wrong: gradient {i} is off by {found:.1e} relative to float64, allowed {bound:.1e}")
+
+
+def demand(holds: bool, otherwise: str) -> None:
+    """Raise a `ValueError` that says what does not hold."""
+    if not holds:
+        raise ValueError(otherwise)

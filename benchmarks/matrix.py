@@ -28,6 +28,7 @@ from drifa_attn.trees import at_path, tensors_in
 from drifa_attn.wrapping.inject import placed
 
 from .arguments import Parser, output
+from .correctness import demand
 
 FAMILIES = timm.list_modules()
 VERSIONS = {"timm": timm.__version__, "torch": torch.__version__, "drifa_attn": drifa_attn.__version__}
@@ -136,12 +137,6 @@ def fused(family: str) -> dict[str, Any]:
                 alpha.add_(torch.randn_like(alpha), alpha=0.5)
         demand(not torch.equal(net.features(inputs)["a"], expected), "the alphas move nothing")
     return {"fused": len(net.stages), "reason": ""}
-
-
-def demand(holds: bool, otherwise: str) -> None:
-    """Raise a `ValueError` that says what does not hold."""
-    if not holds:
-        raise ValueError(otherwise)
 
 
 def small() -> nn.Module:
