@@ -21,15 +21,25 @@ DECODERS = {
     "Unet": "resnet18",
     "UnetPlusPlus": "resnet18",
 }
-ENCODERS = ("densenet121", "efficientnet-b0", "mobilenet_v2", "mobileone_s0", "tu-test_convnext", "timm-regnetx_002", "mit_b0")
+ENCODERS = (
+    "densenet121",
+    "efficientnet-b0",
+    "mobilenet_v2",
+    "mobileone_s0",
+    "tu-test_convnext",
+    "timm-regnetx_002",
+    "vgg11_bn",
+    "mit_b0",
+)
 
 
 def cases() -> Iterator[Case]:
     """All of them."""
     case = partial(Case, library="segmentation-models-pytorch")
+    slim = {"decoder_intermediate_channels": (16, 16, 32, 32), "decoder_fusion_channels": 16}
     for name, encoder in DECODERS.items():
-        size = 224 if "224" in encoder else 64
-        options = {"dynamic_img_size": True} if name == "DPT" else {}
+        size = {"DPT": 224, "PAN": 128}.get(name, 64)
+        options = slim if name == "DPT" else {}
         make = partial(getattr(smp, name), encoder, encoder_weights=None, classes=3, **options)
         yield case(name=f"{name}, {encoder}", build=make, inputs=images(size, size))
     make = partial(smp.Unet, "resnet18", encoder_weights=None, classes=3)

@@ -1,57 +1,39 @@
 """Networks of torchvision: classification, segmentation, detection, video, optical flow."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import detection, optical_flow, segmentation, video
+from torchvision import models
+from torchvision.models import convnext, detection, optical_flow, segmentation, swin_transformer, video
 
 from benchmarks.wild.case import Case, images
 
-CLASSIFIERS = {
-    "alexnet": 64,
-    "convnext_tiny": 64,
-    "densenet121": 64,
-    "efficientnet_b0": 64,
-    "efficientnet_v2_s": 64,
-    "googlenet": 64,
-    "inception_v3": 128,
-    "maxvit_t": 224,
-    "mnasnet0_5": 64,
-    "mobilenet_v2": 64,
-    "mobilenet_v3_small": 64,
-    "regnet_y_400mf": 64,
-    "resnet18": 64,
-    "resnext50_32x4d": 64,
-    "shufflenet_v2_x0_5": 64,
-    "squeezenet1_1": 64,
-    "swin_t": 64,
-    "swin_v2_t": 64,
-    "vgg11_bn": 64,
-}
-DETECTORS = {
-    "fasterrcnn_mobilenet_v3_large_320_fpn": {"min_size": 96, "max_size": 128},
-    "fcos_resnet50_fpn": {"min_size": 96, "max_size": 128},
-    "maskrcnn_resnet50_fpn": {"min_size": 96, "max_size": 128},
-    "retinanet_resnet50_fpn": {"min_size": 96, "max_size": 128},
-    "ssdlite320_mobilenet_v3_large": {},
-}
+CLASSIFIERS = {name: 64 for name in ("densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "resnet18")}
+CLASSIFIERS |= {name: 64 for name in ("mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1")}
+CLASSIFIERS |= {"inception_v3": 128}
 SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
-VIDEO = {"mc3_18": (4, 32, 32), "mvit_v2_s": (16, 224, 224), "r2plus1d_18": (4, 32, 32), "r3d_18": (4, 32, 32)}
-VIDEO |= {"s3d": (16, 64, 64), "swin3d_t": (4, 32, 32)}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "googlenet": {"init_weights": False},
-    "inception_v3": {"init_weights": False},
-    "mvit_v2_s": {},
-}
+VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18")
+SMALL = {"min_size": 96, "max_size": 128, "num_classes": 5}
+FEW = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
+SWIN = {"patch_size": [4, 4], "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": [4, 4]}
+FILM = SWIN | {"patch_size": [2, 4, 4], "window_size": [2, 4, 4]}
+MAXVIT = {"stem_channels": 16, "partition_size": 2, "block_channels": [16, 32], "block_layers": [1, 1], "head_dim": 16}
 
 
 def built(module: Any, name: str, **options: Any) -> Callable[[], nn.Module]:
     """How to make a network of torchvision without its weights."""
-    return partial(getattr(module, name), weights=None, **OPTIONS.get(name, {}), **options)
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    return partial(getattr(module, name), weights=None, **options)
+
+
+def pyramid(kind: type[nn.Module], **options: Any) -> nn.Module:
+    """A detector around the maps of a ResNet-18."""
+    return kind(detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None), **SMALL, **options)
 
 
 def pictures() -> tuple[list[Tensor]]:
@@ -59,39 +41,65 @@ def pictures() -> tuple[list[Tensor]]:
     return ([torch.rand(3, 96, 96), torch.rand(3, 96, 96)],)
 
 
-def labelled(masks: bool) -> Callable[[], tuple[list[Tensor], list[dict[str, Tensor]]]]:
+def labelled(*, masks: bool) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """What a detector takes in training mode."""
+    target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1])}
+    if masks:
+        target["masks"] = torch.ones(1, 96, 96, dtype=torch.uint8)
+    return *pictures(), [dict(target), dict(target)]
 
-    def make() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1])}
-        if masks:
-            target["masks"] = torch.ones(1, 96, 96, dtype=torch.uint8)
-        return *pictures(), [dict(target), dict(target)]
 
-    return make
+def small() -> Iterator[Case]:
+    """Networks with sizes of our own."""
+    case = partial(Case, library="torchvision")
+    vit = partial(models.VisionTransformer, 32, 8, 3, 2, 32, 64, num_classes=5)
+    yield case(name="VisionTransformer", build=vit, inputs=images(32, 32))
+    yield case(name="SwinTransformer", build=partial(models.SwinTransformer, **SWIN, num_classes=5), inputs=images(64, 64))
+    second = {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+    build = partial(models.SwinTransformer, **SWIN, num_classes=5, **second)
+    yield case(name="SwinTransformer, v2", build=build, inputs=images(64, 64))
+    blocks = [convnext.CNBlockConfig(16, 32, 1), convnext.CNBlockConfig(32, 48, 1), convnext.CNBlockConfig(48, None, 2)]
+    yield case(name="ConvNeXt", build=partial(models.ConvNeXt, blocks, num_classes=5), inputs=images(64, 64))
+    build = partial(models.MaxVit, input_size=(32, 32), stochastic_depth_prob=0.1, num_classes=5, **MAXVIT)
+    yield case(name="MaxVit", build=build, inputs=images(32, 32))
+    build = partial(video.SwinTransformer3d, **FILM, num_classes=5)
+    yield case(name="SwinTransformer3d", build=build, inputs=images(4, 32, 32))
+
+
+def detectors() -> Iterator[Case]:
+    """Detectors, whole and their backbones."""
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "fasterrcnn_mobilenet_v3_large_320_fpn": partial(
+            detection.fasterrcnn_mobilenet_v3_large_320_fpn, weights=None, weights_backbone=None, **SMALL, **FEW
+        ),
+        "MaskRCNN, resnet18": partial(pyramid, detection.MaskRCNN, **FEW),
+        "RetinaNet, resnet18": partial(pyramid, detection.RetinaNet, detections_per_img=5),
+        "FCOS, resnet18": partial(pyramid, detection.FCOS, detections_per_img=5),
+        "ssdlite320_mobilenet_v3_large": partial(
+            detection.ssdlite320_mobilenet_v3_large, weights=None, weights_backbone=None, num_classes=5, detections_per_img=5
+        ),
+    }
+    for name, build in makers.items():
+        whole = Case(
+            library="torchvision", name=name, build=build, inputs=pictures, training=partial(labelled, masks="Mask" in name)
+        )
+        yield whole
+        yield replace(whole, part="backbone", part_inputs=images(96, 96))
 
 
 def cases() -> Iterator[Case]:
     """All of them."""
     case = partial(Case, library="torchvision")
     for name, size in CLASSIFIERS.items():
-        yield case(name=name, build=built(torchvision.models, name), inputs=images(size, size))
-    yield case(
-        name="vit (2 layers)",
-        build=lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5),
-        inputs=images(32, 32),
-    )
+        yield case(name=name, build=built(models, name), inputs=images(size, size))
+    yield from small()
     for name in SEGMENTERS:
-        make = built(segmentation, name, weights_backbone=None, num_classes=5)
-        yield case(name=name, build=make, inputs=images(64, 64))
-        yield case(name=name, build=make, inputs=images(64, 64), part="backbone")
-    for name, options in DETECTORS.items():
-        make = built(detection, name, weights_backbone=None, num_classes=5, **options)
-        whole = {"build": make, "inputs": pictures, "training": labelled("mask" in name)}
-        yield case(name=name, **whole)
-        yield case(name=name, **whole, part="backbone", part_inputs=images(96, 96))
-    for name, size in VIDEO.items():
-        yield case(name=name, build=built(video, name), inputs=images(*size))
+        whole = case(name=name, build=built(segmentation, name, weights_backbone=None, num_classes=5), inputs=images(64, 64))
+        yield whole
+        yield replace(whole, part="backbone")
+    yield from detectors()
+    for name in VIDEO:
+        yield case(name=name, build=built(video, name), inputs=images(4, 32, 32))
     yield case(
         name="raft_small",
         build=built(optical_flow, "raft_small"),

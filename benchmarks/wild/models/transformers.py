@@ -24,14 +24,14 @@ BART |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")} | {
 }
 
 
-def built(kind: str, config: str, options: dict[str, Any]) -> nn.Module:
+def built(kind: type[nn.Module], config: type, options: dict[str, Any]) -> nn.Module:
     """A network of a class of transformers, with random weights."""
-    return getattr(transformers, kind)(getattr(transformers, f"{config}Config")(**options))
+    return kind(config(**options))
 
 
 def net(kind: str, config: str, inputs: Inputs, part: str = "", part_inputs: Inputs | None = None, **options: Any) -> Case:
     """A case of transformers."""
-    build = partial(built, kind, config, options)
+    build = partial(built, getattr(transformers, kind), getattr(transformers, f"{config}Config"), options)
     return Case(library="transformers", name=kind, build=build, inputs=inputs, part=part, part_inputs=part_inputs)
 
 

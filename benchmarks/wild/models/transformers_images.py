@@ -10,10 +10,13 @@ VIT |= {"image_size": 32, "patch_size": 8}
 SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 2], "window_size": 4}
 STAGES = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}
 RESNET = STAGES | {"embedding_size": 16, "layer_type": "basic"}
+BIT = {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "embedding_size": 32}
 SEGFORMER = STAGES | {"num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16, "num_labels": 3}
 PVT = STAGES | {"num_attention_heads": [1, 1, 2, 2], "image_size": 64}
 
 
+MASKED = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+MASKED |= {"decoder_intermediate_size": 48}
 DPT = VIT | {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16]}
 DPT |= {"fusion_hidden_size": 16, "backbone_config": None, "is_hybrid": False}
 
@@ -31,6 +34,7 @@ def vits() -> Iterator[Case]:
     yield net("Dinov2Backbone", "Dinov2", small, **VIT, out_features=["stage2", "stage3"])
     yield net("DINOv3ViTModel", "DINOv3ViT", small, **VIT, num_register_tokens=2)
     yield net("ViTMAEModel", "ViTMAE", small, **VIT, mask_ratio=0.5)
+    yield net("ViTMAEForPreTraining", "ViTMAE", small, **VIT, **MASKED)
     yield net("ViTMSNModel", "ViTMSN", small, **VIT)
     yield net("CLIPVisionModel", "CLIPVision", small, **VIT, projection_dim=16)
     yield net("SiglipVisionModel", "SiglipVision", small, **VIT)
@@ -51,7 +55,7 @@ def pyramids() -> Iterator[Case]:
     yield net("ResNetModel", "ResNet", small, **RESNET)
     yield net("ResNetForImageClassification", "ResNet", small, **RESNET, num_labels=3)
     yield net("RegNetModel", "RegNet", small, **STAGES, embedding_size=16, groups_width=8)
-    yield net("BitModel", "Bit", small, hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 1, 1], embedding_size=32)
+    yield net("BitModel", "Bit", small, num_groups=8, **BIT)
     yield net("MobileNetV1Model", "MobileNetV1", small, depth_multiplier=0.25)
     yield net("MobileNetV2Model", "MobileNetV2", small, depth_multiplier=0.35)
     yield net("MobileNetV2ForSemanticSegmentation", "MobileNetV2", small, depth_multiplier=0.35, num_labels=3)

@@ -31,9 +31,11 @@ def resnet() -> Any:
 def with_backbone(kind: str, config: str, part: str = "", *, last: bool = False, **options: Any) -> Case:
     """A network around a ResNet of transformers."""
 
+    network, made = getattr(transformers, kind), getattr(transformers, f"{config}Config")
+
     def build() -> nn.Module:
         backbone = transformers.ResNetConfig(**RESNET, out_features=["stage4"]) if last else resnet()
-        return getattr(transformers, kind)(getattr(transformers, f"{config}Config")(backbone_config=backbone, **options))
+        return network(made(backbone_config=backbone, **options))
 
     return Case(library="transformers", name=kind, build=build, inputs=images(64, 64), part=part, part_inputs=images(64, 64))
 
