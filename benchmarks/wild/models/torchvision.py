@@ -12,8 +12,8 @@ from torchvision.models import convnext, detection, optical_flow, segmentation, 
 
 from benchmarks.wild.case import Case, images
 
-CLASSIFIERS = {name: 64 for name in ("densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "resnet18")}
-CLASSIFIERS |= {name: 64 for name in ("mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1")}
+CLASSIFIERS = dict.fromkeys(("densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "resnet18"), 64)
+CLASSIFIERS |= dict.fromkeys(("mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1"), 64)
 CLASSIFIERS |= {"inception_v3": 128}
 SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18")

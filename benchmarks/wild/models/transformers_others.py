@@ -30,7 +30,6 @@ def resnet() -> Any:
 
 def with_backbone(kind: str, config: str, part: str = "", *, last: bool = False, **options: Any) -> Case:
     """A network around a ResNet of transformers."""
-
     network, made = getattr(transformers, kind), getattr(transformers, f"{config}Config")
 
     def build() -> nn.Module:
