@@ -102,8 +102,9 @@ def test_the_state_of_a_gpu_stays(device):
 
 
 def test_what_is_built_in_inference_mode_trains():
+    net = network()
     with torch.inference_mode():
-        net = wrap(network())
+        wrap(net)
     assert not any(parameter.is_inference() for parameter in attention_parameters(net))
-    net(X).sum().backward()
+    net.eval()(X).sum().backward()
     assert all(parameter.grad is not None for parameter in attention_parameters(net))
