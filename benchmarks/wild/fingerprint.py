@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 SIMPLE = (int, float, str, bool, type(None))
-CARRIED = {"forward", "drifa_steps", "_replicate_for_data_parallel"}  # what `wrap` adds to a module that carries attention
+# What `wrap` adds to a module that carries attention, and to a batch norm.
+CARRIED = {"forward", "drifa_steps", "_replicate_for_data_parallel", "drifa_batches"}
 LISTED = ("_parameters", "_buffers", "_modules")
 
 Fingerprint = dict[str, dict[str, Any]]

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 
+import transformers
+from torch import nn
+
 from benchmarks.wild.case import Case, images
 from benchmarks.wild.models.transformers import net
 
@@ -21,6 +24,13 @@ DPT = VIT | {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck
 DPT |= {"fusion_hidden_size": 16, "backbone_config": None, "is_hybrid": False}
 
 
+def seeing_depth() -> nn.Module:
+    """A network that estimates depth; untrained, the ReLU at its end would give zeros alone."""
+    model = transformers.DPTForDepthEstimation(transformers.DPTConfig(**DPT))
+    nn.init.ones_(model.head.head[-2].bias)
+    return model
+
+
 def vits() -> Iterator[Case]:
     """Networks with tokens of one width."""
     small = images(32, 32)
@@ -38,7 +48,7 @@ def vits() -> Iterator[Case]:
     yield net("ViTMSNModel", "ViTMSN", small, **VIT)
     yield net("CLIPVisionModel", "CLIPVision", small, **VIT, projection_dim=16)
     yield net("SiglipVisionModel", "SiglipVision", small, **VIT)
-    yield net("DPTForDepthEstimation", "DPT", small, **DPT)
+    yield Case(library="transformers", name="DPTForDepthEstimation", build=seeing_depth, inputs=small)
     yield net("IJepaModel", "IJepa", small, **VIT)
 
 
@@ -94,7 +104,7 @@ def pyramids() -> Iterator[Case]:
         depths=[1, 1, 1],
         key_dim=[8, 8, 8],
     )
-    yield net("CvtModel", "Cvt", small, embed_dim=[16, 24, 32], num_heads=[1, 1, 2], depth=[1, 1, 1])
+    yield net("CvtModel", "Cvt", small, embed_dim=[16, 24, 32], num_heads=[1, 1, 2], depth=[1, 2, 3])
     yield net(
         "HieraModel",
         "Hiera",
