@@ -11,6 +11,7 @@ from torch import nn
 from drifa_attn.layout import Layout
 from drifa_attn.trees import tensors_in
 
+from .causal import causal_notes
 from .copies import copies
 from .features import looked_through
 from .inputs import Inputs, candidates, on_cpu, on_meta
@@ -52,6 +53,7 @@ def survey(
             failures.setdefault("on the CPU" if is_real else "on the meta device", seen)  # type: ignore[arg-type]
             continue
         record = read(clone, is_real, seen, layouts or {}, channels or {}, failures)
+        record.notes += causal_notes(record, dict(model.named_buffers()), example_input)
         if is_whole or any(found.sites for found in record.found.values()):
             return record
         blind = blind or record

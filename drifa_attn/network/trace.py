@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drifa_attn.trees import Path, map_tensors, replace_tensor, tensors_in
 
+from .direction import BACK, direction
 from .inputs import Inputs, batch_of, resized
 from .modes import own_randomness
 
@@ -85,6 +86,7 @@ class Trace:
     other_sums: set[str] = field(default_factory=set)  # frames that add in other words: a difference, a stack that is summed
     concatenations: set[str] = field(default_factory=set)  # frames
     normed: set[str] = field(default_factory=set)  # modules whose output a norm reads
+    causal: set[str] = field(default_factory=set)  # modules in which a position reads those before it alone
     flops: int = 0
     output_reach: int = 0
     output_through_positions: int = 0
@@ -112,6 +114,7 @@ class Tracer(TorchFunctionMode):
         self.frames: list[str] = []
         self.producers: dict[int, set[str]] = {}
         self.stacks: dict[int, Tensor] = {}  # of tensors that depend on the input of the module they are stacked in
+        self.directions: dict[int, tuple[Tensor, str]] = {}  # what `direction` said of them
         self.marks = 0
 
     def flow(self, tensor: Tensor) -> Dependency:
@@ -131,6 +134,8 @@ class Tracer(TorchFunctionMode):
         inputs = [self.flows[id(t)] for _, t in tensors_in((args, kwargs or {})) if id(t) in self.flows]
         if inputs and self.frames:
             self.note_merge(function, args, result)
+        if self.frames:
+            self.note_direction(function, args, kwargs or {}, result)
         outputs = [t for _, t in tensors_in(result)]
         name = getattr(function, "__name__", "")
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
@@ -175,6 +180,19 @@ class Tracer(TorchFunctionMode):
         elif function in (torch.sum, Tensor.sum) and self.stacks.get(id(args[0])) is args[0]:
             self.trace.other_sums.add(frame)
 
+    def note_direction(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        """Record an operation by which a position reads those before it alone."""
+        found = direction(function, args, kwargs, self.direction_of(args[0]) if args else "")
+        if found == BACK:
+            self.trace.causal.add(self.frames[-1])
+        elif found:
+            self.directions[id(result)] = result, found
+
+    def direction_of(self, value: Any) -> str:
+        """What `direction` said of a tensor."""
+        tensor, found = self.directions.get(id(value), (None, ""))
+        return found if tensor is value else ""
+
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a module's forward."""
         call = self.trace.calls.setdefault(name, Call(order=0))
@@ -205,6 +223,7 @@ class Tracer(TorchFunctionMode):
             mark, view = self.new_mark(), tensor.view_as(tensor)
             self.flows[id(view)] = replace(self.flow(tensor), tensor=view)
             self.mark(view, mark)
+            self.directions[id(view)] = view, self.direction_of(tensor)
             self.producers[id(view)] = self.producers.get(id(tensor), set()) | {name}
             call.outputs[path] = Output(tuple(tensor.shape), mark, tensor.is_floating_point())
             output = replace_tensor(output, path, lambda _, view=view: view)  # type: ignore[misc]
