@@ -34,7 +34,7 @@ FILES = (
     "torchvision",
     "open_clip",
 )
-FILES += ("vit_pytorch", "pytorchcv")
+FILES += ("vit_pytorch", "pytorchcv", "timm")
 REPORT = Path(__file__).parents[1] / "wild.md"
 DONE = Path("outputs/wild.jsonl")
 

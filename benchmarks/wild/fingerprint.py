@@ -20,10 +20,15 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def described(module: nn.Module) -> dict[str, Any]:
     """A module's class, the values of its simple attributes, the names of the others, and its signature."""
-    values = {key: value if isinstance(value, SIMPLE) else type(value) for key, value in vars(module).items()}
-    held = {key: {name: type(value) for name, value in vars(module)[key].items()} for key in LISTED}
+    values = {key: value if isinstance(value, SIMPLE) else kind(value) for key, value in vars(module).items()}
+    held = {key: {name: kind(value) for name, value in vars(module)[key].items()} for key in LISTED}
     hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("hooks")}
-    return {"class": type(module), "signature": signature(module), **values, **held, **hooks}
+    return {"class": kind(module), "signature": signature(module), **values, **held, **hooks}
+
+
+def kind(value: Any) -> str:
+    """The class of a value by its full name: parametrised modules have a class of their own each."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def signature(module: nn.Module) -> str:

@@ -33,7 +33,8 @@ PROMISES = (
     "`save_attention` and `load_attention` on a fresh network give the same output bit for bit, and `state_dict` does",
     "a deep copy, and what `torch.save` writes, give the same output bit for bit and are independent",
     "`unwrap` gives back the original: output, keys and attributes",
-    "`torch.compile` takes the wrapped network where it takes the bare one, in no more graphs",
+    "`torch.compile` takes the wrapped network where it takes the bare one: whole where that is whole, else in at most one "
+    "graph more for each site",
 )
 
 
@@ -189,7 +190,9 @@ def ten_compiled(trial: Trial) -> None:
         raise NotAskedError("the bare network, compiled, gives something else")
     count, output = graphs(trial.network, trial.output)
     demand("" if is_close(output, trial.changed) else f"compiled, {difference(output, trial.changed)}")
-    demand("" if count <= expected else f"{count} graphs instead of {expected}")
+    sites = len(list(placed(trial.case.unit(trial.network))))
+    allowed = expected + sites * (expected > 1)  # where a carrier breaks, what stands behind it is a graph of its own
+    demand("" if count <= allowed else f"{count} graphs instead of {expected}")
 
 
 CHECKS: tuple[Callable[[Trial], None], ...] = (

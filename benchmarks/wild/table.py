@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 
+from .contract import CONTRACT
 from .promises import PROMISES
 from .row import Row
 
@@ -21,20 +22,16 @@ MOST = 160  # characters of a reason in the table
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """The lines of the page about the networks of other libraries."""
-    kept = [row for row in rows if is_kept(row)]
-    refused = [row for row in rows if row.refused]
-    broken = [row for row in rows if row.broken]
+    """The lines of the page about the networks of other libraries, and of timm."""
+    foreign, own = [row for row in rows if row.library != "timm"], [row for row in rows if row.library == "timm"]
     return [
         "# Networks of other libraries",
         "",
         f"Written by `make wild` on {datetime.now(timezone.utc):%Y-%m-%d}: {versions()}, Python {platform.python_version()}, "
         "CPU.",
         "",
-        f"- **{len(rows)} networks** were built from their configuration, with random weights, as small as that allows.",
-        f"- **{len(kept)} of {len(rows)} networks** are wrapped and keep every promise.",
-        f"- **{len(refused)} of {len(rows)} networks** are refused with a reason, and are untouched.",
-        f"- **{len(broken)} of {len(rows)} networks** break a promise.",
+        f"- **{len(foreign)} networks** were built from their configuration, with random weights, as small as that allows.",
+        *counted(foreign, "networks"),
         "",
         "The promises, each checked on every network:",
         "",
@@ -42,7 +39,37 @@ def table(rows: Sequence[Row]) -> list[str]:
         "",
         "A promise that cannot be asked of the network itself, not wrapped, is named after the number of those that are kept.",
         "",
-        *(line for library in LIBRARIES for line in section(library, [row for row in rows if row.library == library])),
+        *(line for library in LIBRARIES for line in section(library, [row for row in foreign if row.library == library])),
+        *(timm_part(own) if own else []),
+    ]
+
+
+def counted(rows: Sequence[Row], what: str) -> list[str]:
+    """How many keep every promise, are refused, break one, or could not be run."""
+    found = {
+        "are wrapped and keep every promise": [row for row in rows if is_kept(row)],
+        "are refused with a reason, and are untouched": [row for row in rows if row.refused],
+        "break a promise": [row for row in rows if row.broken],
+        "do not run themselves, or took too long": [row for row in rows if row.failed],
+    }
+    return [f"- **{len(some)} of {len(rows)} {what}** {verb}." for verb, some in found.items()]
+
+
+def timm_part(rows: Sequence[Row]) -> list[str]:
+    """The lines about what timm asks of its own networks."""
+    asked = sum(len(CONTRACT) - len(row.not_asked) for row in rows)
+    kept = asked - sum(len(row.broken) for row in rows)
+    return [
+        "# What timm asks of its networks",
+        "",
+        "The smallest architecture of every family that has one of at most 60 million weights, wrapped, with moved gates.",
+        "",
+        f"- **{kept} of {asked} checks** hold.",
+        *counted(rows, "architectures"),
+        "",
+        *(f"{number}. {sentence}." for number, sentence in enumerate(CONTRACT, start=1)),
+        "",
+        *section("timm", rows),
     ]
 
 
@@ -90,7 +117,7 @@ def verdict(row: Row) -> str:
         return "failed"
     if row.refused:
         return "refused"
-    asked = len(PROMISES) - len(row.not_asked)
+    asked = len(CONTRACT if row.library == "timm" else PROMISES) - len(row.not_asked)
     return f"{asked - len(row.broken)} of {asked}"
 
 
