@@ -13,6 +13,7 @@ VOLUME = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
 IMAGE = VOLUME | {"spatial_dims": 2}
 SEQUENCE = VOLUME | {"spatial_dims": 1}
 LEVELS: dict[str, Any] = {"channels": (8, 16, 32), "strides": (2, 2)}
+CODES = LEVELS | {"strides": (2, 2, 2)}
 PYRAMID = {"features": (8, 8, 16, 16, 32, 8)}
 KERNELS = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [8, 16, 32]}
 RESIDUAL = {"init_filters": 8, "blocks_down": (1, 1, 1)}
@@ -78,8 +79,8 @@ def classifying() -> Iterator[Case]:
 
 def coding() -> Iterator[Case]:
     """Networks that give back what they read, and others."""
-    yield net("AutoEncoder", "", 16, 16, 16, **VOLUME, **LEVELS, inter_channels=[16])
-    yield net("VarAutoEncoder", "", 32, 32, spatial_dims=2, in_shape=(1, 32, 32), out_channels=1, latent_size=8, **LEVELS)
+    yield net("AutoEncoder", "", 16, 16, 16, **VOLUME, **CODES, inter_channels=[16])
+    yield net("VarAutoEncoder", "", 32, 32, spatial_dims=2, in_shape=(1, 32, 32), out_channels=1, latent_size=8, **CODES)
     yield net("AutoencoderKL", "", 32, 32, **IMAGE, **CODER, latent_channels=4)
     yield net("VQVAE", "", 32, 32, **IMAGE, **QUANTISED)
     yield net(
