@@ -299,9 +299,10 @@ class MFA(Refines, nn.Module):
         check_features("MFA", x, self.channels, self.layout, self.num_prefix_tokens)
         mask = checked_mask("MFA", mask, x, self.layout, self.num_prefix_tokens)
         z = positions(x, self.layout, self.num_prefix_tokens)
-        fused = ops.is_fused(z, self.local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
+        way = ops.way(z, self.local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
         weights = hifa, clia, self.global_scale, self.local_scale
-        return ops.mfa(z, *weights, squeeze=squeeze, expand=expand, statistics=measured, mask=mask, fused=fused), fused
+        a = ops.mfa(z, *weights, squeeze=squeeze, expand=expand, statistics=measured, mask=mask, way=way)
+        return a, way == "fused"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The features x, each channel multiplied by its gain; while disabled, x itself."""

@@ -2,9 +2,10 @@
 
 Of the many maps that MFA and MIFA compute, only a few pooled vectors are needed. The fused operators compute these. For
 backward they keep the vectors and x alone, and compute the maps a second time, a chunk that fits the cache at a time. There
-are three implementations:
+are four implementations:
 
 - reference: the equations of `functional`, which the others are tested against;
+- grouped: MFA's equations without gradients on a CPU, for groups of samples whose maps fit the cache;
 - chunked: the same in chunks, in plain PyTorch, on any device;
 - triton: kernels that read x once, on a GPU.
 
@@ -19,7 +20,7 @@ Differs: the gradient of a maximum or minimum goes to the first of tied position
 equations share it among them.
 """
 
-from .choose import Choice, explain, is_fused, use
+from .choose import Choice, explain, is_fused, use, way
 from .operators import gate, mfa, mfa_stats, mifa, mifa_stats
 
-__all__ = ["Choice", "explain", "gate", "is_fused", "mfa", "mfa_stats", "mifa", "mifa_stats", "use"]
+__all__ = ["Choice", "explain", "gate", "is_fused", "mfa", "mfa_stats", "mifa", "mifa_stats", "use", "way"]

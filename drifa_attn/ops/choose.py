@@ -22,14 +22,17 @@ from drifa_attn.layout import positions
 from . import chunked
 
 Mode = Literal["auto", "reference", "fused"]
+Way = Literal["reference", "grouped", "fused"]
 MODES = ("auto", "reference", "fused")
 
 # Elements of a map (at the width that attention works at) from which a fused operator pays on a CPU, measured on two cores.
-# Without gradients the operator must save time; behind a squeeze the maps are narrow, and more elements are needed. With
-# gradients it saves the memory that is kept for backward, and may take up to twice the time in so small a layer.
+# Without gradients it must save time. With gradients it saves the memory that is kept for backward, and may take up to twice
+# the time in so small a layer.
 SMALL = 2**17
-SMALL_SQUEEZED = 2**19
 SMALL_TRAINED = 2**15
+
+GROUPED = "without gradients, a CPU computes groups of samples whose maps stay in its cache"
+MOST_GROUPED = 2**22  # elements of one sample's map, beyond which no group fits
 
 MINIMUM_TRITON = (3, 6)  # interpreted with this version and with 3.8; the configurations were compiled with 3.8
 WIDEST = 4096  # the widest that was compiled; nothing in the layer-wise kernels depends on it
@@ -67,7 +70,7 @@ def use(mode: Mode) -> Iterator[None]:
 
 
 class Choice(NamedTuple):
-    """The implementation that runs for an input, "reference", "chunked" or "triton", and the reason."""
+    """The implementation that runs for an input, "reference", "grouped", "chunked" or "triton", and the reason."""
 
     path: str
     reason: str
@@ -80,11 +83,17 @@ Features = Tensor | Sequence[Tensor]  # `b c n` for MFA, or a list of them, one 
 
 
 def is_fused(x: Features, width: int, linears: Iterable[Linear | None] = (), mask: Tensor | Masks = None) -> bool:
-    """Whether a fused operator runs for these features, see `reference_reason`: the one choice that a forward makes.
+    """Whether a fused operator runs for these features, see `way`."""
+    return way(x, width, linears, mask) == "fused"
 
-    It declines linear maps that must be called, and masks.
+
+def way(x: Features, width: int, linears: Iterable[Linear | None] = (), mask: Tensor | Masks = None) -> Way:
+    """What runs for these features, the one choice that a forward makes: the equations, those in groups, or a fused operator.
+
+    Only the equations take linear maps that must be called, and masks.
     """
-    return reference_reason(x, width, refusal(linears, mask)) is None
+    reason = reference_reason(x, width, refusal(linears, mask))
+    return "fused" if reason is None else "grouped" if reason is GROUPED else "reference"
 
 
 def refusal(linears: Iterable[Linear | None] = (), mask: Tensor | Masks = None) -> str | None:
@@ -139,14 +148,19 @@ def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
     kind = x.device.type
     if kind not in ("cpu", "cuda"):
         return f"fused operators are not measured on {kind}"
-    # For backward, Inductor may recompute a map with other bits than those that its maximum came from: the gradient is then
-    # 0 / 0. Fused operators store the position of the maximum, so compiled code takes them at any size.
+    trained = torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and kind == "cpu" and not trained:
+        return "without gradients, the compiler fuses the equations itself"
+    # For backward, Inductor may recompute a map with other bits than those that its maximum came from. Fused operators store
+    # the position of the maximum, and keep less, so compiled code that is trained takes them at any size.
     if kind == "cuda" or torch.compiler.is_compiling():
         return None
-    (b, c, n), trained = x.shape, torch.is_grad_enabled()
+    b, _, n = x.shape
     if n == 1:
         return "one position per sample: nothing to pool"
-    elements, small = b * n * width, SMALL_TRAINED if trained else SMALL if width == c else SMALL_SQUEEZED
+    if not trained and products > 1 and x.dtype in (torch.float32, torch.float64) and n * width <= MOST_GROUPED and b:
+        return GROUPED
+    elements, small = b * n * width, SMALL_TRAINED if trained else SMALL
     if elements < small:
         return f"a map of {elements} elements is small: fewer than {small}"
     if products == 1 and not trained:
@@ -259,7 +273,7 @@ def choose(x: Features, width: int, refused: str | None = None) -> Choice:
     """The implementation for the pooled vectors of these features, and the reason; see `reference_reason`."""
     reason = reference_reason(x, width, refused)
     if reason:
-        return Choice("reference", reason)
+        return Choice("grouped" if reason is GROUPED else "reference", reason)
     x = x if isinstance(x, Tensor) else largest(x)
     reason = triton_reason(x, width)
     path = "chunked" if reason else "triton"

@@ -16,8 +16,8 @@ from drifa_attn import functional
 from drifa_attn.functional import Linear, Masks, Pair, Statistics, vector_dtype
 from drifa_attn.layout import Layout, positions, scale
 
-from . import flops
-from .choose import backend, is_fused
+from . import choose, flops, grouped
+from .choose import Way, backend, is_fused
 
 Weights = Sequence[Tensor]
 
@@ -38,17 +38,20 @@ def mfa(
     expand: Linear | None = None,
     statistics: Statistics | None = None,
     mask: Tensor | None = None,
-    fused: bool | None = None,
+    way: Way | None = None,
 ) -> Tensor:
-    """The gate of MFA by the reference equations or by a fused operator: `functional.mfa`, with one argument more.
+    """The gate of MFA by the reference equations, in groups or by a fused operator: `functional.mfa`, with one argument more.
 
-    `fused` is what `is_fused` answered for x, the linear maps and the mask; None asks it.
+    `way` is what `ops.way` answered for x, the linear maps and the mask; None asks it.
     """
-    if fused is None:
-        fused = is_fused(x, local_scale.shape[0], [*hifa_weights, *clia_weights, squeeze, expand], mask)
-    if not fused:
-        weights = hifa_weights, clia_weights, global_scale, local_scale
-        return functional.mfa(x, *weights, squeeze=squeeze, expand=expand, statistics=statistics, mask=mask)
+    if way is None:
+        way = choose.way(x, local_scale.shape[0], [*hifa_weights, *clia_weights, squeeze, expand], mask)
+    if way != "fused":
+        weights: Any = hifa_weights, clia_weights, global_scale, local_scale
+        options: Any = {"squeeze": squeeze, "expand": expand, "statistics": statistics}
+        if way == "grouped":
+            return grouped.mfa(x, *weights, **options)
+        return functional.mfa(x, *weights, **options, mask=mask)
     *convs, hifa_dense = hifa_weights
     clia_conv, clia_dense = clia_weights
     h1, h2, h3, h4, p = mfa_stats(x, cast(Any, [*convs, clia_conv]), cast(Any, squeeze)).unbind(0)  # pairs: it is fused

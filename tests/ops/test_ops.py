@@ -346,12 +346,12 @@ def test_reference_mode_is_functional():
     assert_same_math(*(torch.autograd.grad(a.sum(), x)[0] for a in (gate, expected)))
 
 
-@pytest.mark.parametrize("name", ["mfa", "mifa"])
-def test_signatures_are_those_of_functional(name):
-    """The operators take what the equations take, and `fused`."""
+@pytest.mark.parametrize(("name", "more"), [("mfa", "way"), ("mifa", "fused")])
+def test_signatures_are_those_of_functional(name, more):
+    """The operators take what the equations take, and what was chosen."""
     ours, equations = (inspect.signature(getattr(module, name)) for module in (ops, functional))
     parameters = dict(ours.parameters)
-    assert parameters.pop("fused").default is None
+    assert parameters.pop(more).default is None
     assert list(parameters.values()) == list(equations.parameters.values())
     assert ours.return_annotation == equations.return_annotation
 
@@ -361,6 +361,8 @@ def test_a_choice_that_was_made_is_not_made_again(monkeypatch):
     asked = []
     for module in (ops, operators):
         monkeypatch.setattr(module, "is_fused", lambda x, width, *_, **__: bool(asked.append(width)))
+    for module in (ops, operators.choose):
+        monkeypatch.setattr(module, "way", lambda x, width, *_: asked.append(width) or "reference")
     mfa(x)
     mifa([x, x])
     assert asked == [8, 8]

@@ -1,0 +1,94 @@
+"""MFA in groups of samples: the equations' values for any group, and only where nothing needs more than values."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drifa_attn import MFA, functional, ops
+from drifa_attn.ops import grouped
+from tests._compare import assert_no_worse, assert_same_math
+from tests.cases import perturb_
+
+
+def built(channels=8, **options):
+    torch.manual_seed(0)
+    mfa = MFA(channels, **options).eval()
+    perturb_(mfa)
+    return mfa
+
+
+@given(
+    b=st.integers(1, 5),
+    n=st.integers(2, 40),
+    reduction=st.sampled_from([None, 1, 2]),
+    layout=st.sampled_from(["b c ...", "b ... c"]),
+    cache=st.sampled_from([1, 600, 2**19]),
+)
+def test_groups_of_any_size_give_the_gate(b, n, reduction, layout, cache):
+    mfa = built(16, reduction=reduction, init="identity", layout=layout)
+    x = torch.randn(b, 16, n) if layout == "b c ..." else torch.randn(b, n, 16)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "CACHE", cache)
+        found = mfa.gates(x)
+        assert ops.explain(mfa, x).path == "grouped"
+        with ops.use("reference"):
+            assert ops.explain(mfa, x).path == "reference"
+            plain = mfa.gates(x)
+            exact = mfa.double().gates(x.double())
+    assert_no_worse(found, plain, exact, 2)
+
+
+def test_double_is_computed_in_double():
+    mfa, x = built(reduction=1, init="identity").double(), torch.randn(2, 8, 30).double()
+    with torch.no_grad():
+        found = mfa(x)
+        with ops.use("reference"):
+            assert_same_math(found, mfa(x))
+
+
+def test_autocast_lowers_nothing():
+    mfa, x = built(), torch.randn(2, 8, 30)
+    with torch.no_grad():
+        expected = mfa.gates(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(mfa.gates(x), expected)
+
+
+def test_what_needs_more_than_values_takes_another_way():
+    mfa, x = built(), torch.randn(2, 8, 30)
+    assert ops.explain(mfa, x).path != "grouped"  # gradients
+    with torch.no_grad():
+        assert ops.explain(mfa, x).path == "grouped"
+        assert ops.explain(mfa, x, torch.ones(2, 30).bool()).path == "reference"
+        assert ops.explain(mfa.bfloat16(), x.bfloat16()).path == "reference"
+        assert ops.explain(mfa.float(), torch.randn(2, 8, 2**20)).path == "chunked"
+        assert ops.explain(mfa, x[:, :, :1]).path == "reference"
+        assert ops.explain(mfa, x[:0]).path == "reference"
+        mfa.hifa.conv2.register_forward_hook(lambda *_: None)
+        assert ops.explain(mfa, x).path == "reference"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_vmap_and_traces_see_the_equations(monkeypatch):
+    monkeypatch.setattr(grouped, "mfa", None)
+    mfa, x = built(), torch.randn(2, 8, 30)
+    with torch.no_grad():
+        assert torch.vmap(mfa)(x[:, None]).shape == (2, 1, 8, 30)
+        assert torch.jit.trace(mfa, x)(x).shape == x.shape
+        assert torch.export.export(mfa, (x,)).module()(x).shape == x.shape
+
+
+def test_maps_stay_small():
+    """Of the largest maps there is one group's, not the batch's."""
+    mfa, x = built(8), torch.randn(64, 8, 4096)
+    sizes = []
+
+    def product(linear, part):
+        sizes.append(part.numel() * part.element_size())
+        return functional.lin(part, linear)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "product", product)
+        mfa.gates(x)
+    assert max(sizes) <= grouped.CACHE < x.numel() * 4
