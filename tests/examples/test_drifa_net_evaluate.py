@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 
 import drifa_attn
 from examples.drifa_net import evaluate, figures, train
-from examples.drifa_net.data import load
 from examples.drifa_net.networks import attentions, backbone, restored
+from examples.drifa_net.reading import reloaded
 
 SIZE = ("--size", "8")
 
@@ -28,7 +28,7 @@ def members(tmp_path_factory):
 
 
 def test_ensemble_and_dropout_are_measured_and_drawn(members, tmp_path, capsys):
-    result = evaluate.main([*map(str, members[:2]), *SIZE, "--samples", "3", "--output", str(tmp_path)])
+    result = evaluate.main([*map(str, members[:2]), "--samples", "3", "--output", str(tmp_path)])
     assert "2 members; the paper's ensemble has 5." in capsys.readouterr().out
     assert json.loads((tmp_path / "uncertainty.json").read_text()) == result
     assert (result["members"], result["seeds"], result["samples"]) == (2, [0, 1], 3)
@@ -49,8 +49,9 @@ def test_ensemble_and_dropout_are_measured_and_drawn(members, tmp_path, capsys):
 
 
 def test_ensemble_is_the_mean_of_the_members(members):
-    data = load(size=8)
-    nets = [restored(folder, data)[0] for folder in members[:2]]
+    records, data = zip(*(reloaded(folder, [], None) for folder in members[:2]), strict=True)
+    data = data[0]
+    nets = [restored(folder, record, data) for folder, record in zip(members, records, strict=False)]
     found = evaluate.predictions(nets, data, 100, 2)
     for task in data.tasks:
         mean = torch.stack([one[task][0] for one in found[evaluate.SINGLE]]).mean(0)
@@ -68,12 +69,12 @@ def assert_a_picture(path):
 @pytest.mark.parametrize(
     ("chosen", "options", "message"),
     [
-        ([0], SIZE, "at least two members of different seeds, got seeds [0]"),
-        ([0, 0], SIZE, "at least two members of different seeds, got seeds [0, 0]"),
-        ([0, 2], SIZE, "at least two members of different seeds, got seeds [0, 0]"),
-        ([1, 2], SIZE, "the members differ in model: 'fuse' and 'concat'"),
-        ([0, 1], ("--size", "16"), "was trained on other data"),
-        ([0, None], SIZE, "holds no run.json"),
+        ([0], (), "at least two members of different seeds, got seeds [0]"),
+        ([0, 0], (), "at least two members of different seeds, got seeds [0, 0]"),
+        ([0, 2], (), "at least two members of different seeds, got seeds [0, 0]"),
+        ([1, 2], (), "the members differ in model: 'fuse' and 'concat'"),
+        ([0, 1], ("--data", "."), "was trained on other data, ['digits'], not ['']: give those by --data"),
+        ([0, None], (), "holds no run.json"),
     ],
 )
 def test_wrong_members_are_refused(chosen, options, message, members, tmp_path, capsys):
@@ -86,15 +87,15 @@ def test_wrong_members_are_refused(chosen, options, message, members, tmp_path, 
 
 @pytest.mark.parametrize("k", [0, 2], ids=["fuse", "concat"])
 def test_figures_are_drawn(k, members, tmp_path):
-    paths = figures.main([str(members[k]), *SIZE, "--output", str(tmp_path)])
+    paths = figures.main([str(members[k]), "--output", str(tmp_path)])
     assert [path.name for path in paths] == ["gradcam.png", "features.png", "gates.png"][: 3 if k == 0 else 2]
     for path in paths:
         assert_a_picture(path)
 
 
 def test_gates_of_every_site_are_read(members):
-    data = load(size=8)
-    net, _ = restored(members[0], data)
+    record, data = reloaded(members[0], [], None)
+    net = restored(members[0], record, data)
     found = figures.gates(net, data)
     assert len(found) == 2 * len(attentions(net)) == 2 * len(net.refiners)
     for a, gain in found.values():

@@ -1,6 +1,7 @@
 """Training is one command that can be killed, repeated and shared by processes, and says what was wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from drifa_attn import TaskLoss
 from examples.drifa_net import train
 from examples.drifa_net.data import IGNORE, load
 from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
-from examples.drifa_net.networks import attentions, build, restored
+from examples.drifa_net.networks import attentions, build, restored, scaled
+from examples.drifa_net.records import read_record
 from tests._compare import assert_same_bits, assert_same_math
 from tests.examples.collections import write_archive
 
@@ -43,13 +45,13 @@ def archives(folder):
     """The options for two small collections of 40 and 30 training images: five steps of eight."""
     for name, count, seed in (("skin", 80, 1), ("cells", 60, 2)):
         write_archive(folder / f"{name}.npz", count=count, split=True, size=(8, 8), seed=seed)
-    return "--data", str(folder / "skin.npz"), str(folder / "cells.npz"), "--batch-size", "8"
+    return "--data", str(folder / "skin.npz"), str(folder / "cells.npz"), "--pair", "chance", "--batch-size", "8"
 
 
 def launched(code, *arguments, module=()):
     """A process of its own, at the repository's root, that runs this code with these arguments."""
     command = [sys.executable, *module, code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**train.os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def lasting(record):
@@ -75,12 +77,12 @@ def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_bits(tmp_pat
     died = launched(KILLED, *options, "--output", tmp_path / "killed", module=("-c",))
     folder = tmp_path / "killed" / "drifa_net-seed0"
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "sources.json"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["place"][:2] == (1, 2)
     (resumed,) = train.main([*options, "--output", str(tmp_path / "killed")])
     (whole,) = train.main([*options, "--output", str(tmp_path / "whole")])
     assert lasting(resumed) == lasting(whole)
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "run.json", "sources.json"]
     weights, others = (load_file(tmp_path / one / "drifa_net-seed0" / "model.safetensors") for one in ("killed", "whole"))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
@@ -139,7 +141,9 @@ def test_two_processes_train_as_one_and_count_every_image_once(tmp_path, monkeyp
     for task, values in one["test"].items():
         assert two["test"][task] == pytest.approx(values, abs=5e-3)
     data = load(size=8)
-    net, record = restored(tmp_path / "two" / "drifa_net-seed0", data)
+    folder = tmp_path / "two" / "drifa_net-seed0"
+    record = read_record(folder / "run.json")
+    net = restored(folder, record, data)
     found = train.metrics(train.predict(net, data.test, data, Accelerator(cpu=True), 64))
     for task, values in record["test"].items():
         assert values["samples"] == len(data.test) == 360
@@ -170,15 +174,16 @@ def test_every_model_learns_and_leaves_a_record_and_its_weights(options, tmp_pat
     assert record["history"][-1]["loss"] < record["history"][0]["loss"] or epochs == "1"
     assert record["configuration"]["precision"] == ("bf16" if "bf16" in options else "no")
     data = load(size=8)
-    net, _ = restored(folder, data)
+    data = scaled(data, record["configuration"])
+    net = restored(folder, record, data)
     assert bool(attentions(net)) == refined
     assert sum(parameter.numel() for parameter in net.parameters()) == record["parameters"]
     found = train.metrics(train.predict(net, data.test, data, Accelerator(cpu=True), 64))
     if "bf16" not in options:
         assert record["test"] == {task: pytest.approx(values, abs=1e-6) for task, values in found.items()}
     with drifa_attn.disabled(net) if refined else nullcontext():
-        off = net(train.named(*batch(data), data, torch.device("cpu"))[0])
-    on = net(train.named(*batch(data), data, torch.device("cpu"))[0])
+        off = net(*train.named(batch(data), data, torch.device("cpu"))[:2])
+    on = net(*train.named(batch(data), data, torch.device("cpu"))[:2])
     assert all(torch.equal(off[task], on[task]) != refined for task in data.tasks)
 
 
@@ -198,10 +203,7 @@ RECORD = {
 
 def batch(data, count=6):
     """The first few test images as a loader gives them."""
-    items = [data.test[i] for i in range(count)]
-    return [torch.stack(images) for images in zip(*(images for images, _ in items), strict=True)], torch.stack(
-        [targets for _, targets in items]
-    )
+    return next(iter(data.loader(data.test, count)))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
@@ -323,7 +325,7 @@ def test_the_losses_of_a_fusion_are_learned_too():
     data = load(size=8)
     torch.manual_seed(0)
     net = build({"model": "fuse", "fusion": "gloria", "backbones": ["test_resnet"], "pretrained": False}, data).train()
-    given = train.named(*batch(data), data, torch.device("cpu"))
+    given = train.named(batch(data), data, torch.device("cpu"))
     found = []
     for kind in (TaskLoss, Nothing):
         torch.manual_seed(0)
