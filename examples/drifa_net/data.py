@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -63,6 +64,11 @@ class Data:
     def heads(self) -> tuple[int, ...]:
         """The classes of each task, as DrifaNet takes them."""
         return tuple(len(classes) for classes in self.tasks.values())
+
+    def class_weights(self) -> dict[str, list[float]]:
+        """The weight of each class of each task, one over how often training has it, one on average over its samples."""
+        counts = {task: np.bincount(y[y != IGNORE]) for task, y in zip(self.tasks, self.train.labels, strict=True)}
+        return {task: (found.sum() / (len(found) * found)).tolist() for task, found in counts.items()}
 
     def loader(self, pairs: Pairs, batches: int | Sequence[Sequence[int]], *, workers: int = 0) -> DataLoader:
         """Batches of a split, of so many samples or of these: inputs by branch, who is present `b m`, targets `b k`."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from drifa_attn import Uncertainty, ensemble, mc_dropout
 from examples.arguments import Parser, check_files, integer, output, source
 from examples.drifa_net.data import IGNORE, Data
-from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
+from examples.drifa_net.metrics import absent, abstention, reliability, risk_coverage, scores
 from examples.drifa_net.networks import named, restored
 from examples.drifa_net.reading import reloaded
 from examples.drifa_net.records import read_record
@@ -185,6 +185,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     found = predictions(members, data, options.batch_size, options.samples)
     targets = torch.stack([data.test[i][1] for i in range(len(data.test))])
     labels = dict(zip(data.tasks, targets.unbind(1), strict=True))
+    for task, classes in data.tasks.items():
+        if names := absent(labels[task], classes):
+            console.print(f"{task}: no test sample is {', '.join(names)}; means over the classes leave it out.", markup=False)
     result = {
         "model": runs[0]["configuration"]["model"],
         "data": runs[0]["configuration"]["data"],

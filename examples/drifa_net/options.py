@@ -9,9 +9,12 @@ from accelerate import Accelerator
 import drifa_attn
 from examples.arguments import Parser, check_files, integer, output, positive
 from examples.drifa_net.data import Data
+from examples.drifa_net.logs import LOGS, check_logs
 from examples.drifa_net.networks import MODELS
 from examples.drifa_net.reading import add_options
 from examples.drifa_net.records import FILES, run_folder
+
+BALANCES = ("none", "weights", "sampling")
 
 
 def parser(description: str) -> Parser:
@@ -25,6 +28,7 @@ def parser(description: str) -> Parser:
     add("--width", type=integer(1), default=16, help="channels of DRIFA-Net's first stage; paper: 64 (default: %(default)s)")
     add("--reduction", type=integer(1), help="of DRIFA-Net's attention (default: none, the paper's dense form)")
     add("--losses", choices=("fixed", "uncertainty"), default="fixed", help="task weights: equal, or learned")
+    add("--balance", choices=BALANCES, default="none", help="of rare classes: in the loss, or drawn as often (default: none)")
     add("--epochs", type=integer(1), default=20, help="(default: %(default)s)")
     add("--batch-size", type=integer(1), default=64, help="pairs a step, over all processes (default: %(default)s)")
     add("--lr", type=positive, default=2e-3, help="AdamW's highest learning rate (default: %(default)s)")
@@ -33,6 +37,7 @@ def parser(description: str) -> Parser:
     add("--output", type=output, default="outputs/drifa_net", help="(default: %(default)s)")
     add("--save-every", type=integer(1), default=100, help="steps between checkpoints within an epoch (default: %(default)s)")
     add("--mixed-precision", choices=("no", "fp16", "bf16"), help="(default: accelerate's own setting)")
+    add("--log", nargs="+", choices=LOGS, default=[], help="what follows the run, in its folder (default: nothing)")
     add("--workers", type=integer(0), default=0, help="processes that load images (default: %(default)s)")
     add_options(whole)
     return whole
@@ -47,6 +52,7 @@ def parsed(whole: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     idle = ("backbones", "pretrained") if is_paper else ("width", "reduction")
     whole.refuse(options, idle, f"does nothing to --model {options.model}: leave it out, or name another --model.")
     with whole.explained():
+        check_logs(options.log)
         for seed in options.seeds:
             check_files(run_folder(options.output, options.model, seed), FILES)
     return options

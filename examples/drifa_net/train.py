@@ -36,6 +36,8 @@ from drifa_attn import Fused, TaskLoss
 from examples.drifa_net.checkpoints import left, replace
 from examples.drifa_net.data import Data, load
 from examples.drifa_net.inference import metrics, predict
+from examples.drifa_net.logs import log, trackers
+from examples.drifa_net.metrics import absent
 from examples.drifa_net.networks import build, calibrate, groups, named, paired_up, rehearse, scaled
 from examples.drifa_net.options import check, configured, parsed, parser
 from examples.drifa_net.reading import reading
@@ -70,7 +72,9 @@ class Run:
         self.folder = run_folder(output, configuration["model"], configuration["seed"])
         self.record: dict[str, Any] | None = None  # once the run is finished
         seed_everything(configuration["seed"])
-        loss = TaskLoss(list(data.tasks), "uncertainty" if configuration["losses"] == "uncertainty" else None)
+        kind = "uncertainty" if configuration["losses"] == "uncertainty" else None
+        weights = data.class_weights() if configuration["balance"] == "weights" else None
+        loss = TaskLoss(list(data.tasks), kind, class_weights=weights)
         net = build(configuration, data)
         calibrate(net, data)
         self.learner = Learner(net, loss)
@@ -106,6 +110,9 @@ class Run:
 
     def train(self) -> None:
         """All epochs that are left."""
+        self.trackers = trackers(self.configuration["log"], self.folder)
+        for epoch in self.history:
+            log(self.trackers, epoch)
         epochs = self.configuration["epochs"]
         with Progress(*COLUMNS, console=self.console, disable=not self.accelerator.is_main_process) as progress:
             bar = progress.add_task(self.folder.name, total=epochs * self.steps, completed=self.epoch * self.steps + self.step)
@@ -116,6 +123,9 @@ class Run:
                         self.save()
                 self.close_epoch(progress)
                 self.save()
+                log(self.trackers, self.history[-1])
+        for one in self.trackers:
+            one.finish()
 
     def one_epoch(self) -> Iterator[int]:
         """The steps of this epoch that are left; yields after each."""
@@ -171,7 +181,8 @@ class Run:
     def test(self) -> dict[str, Any]:
         """The run's record, with the metrics of its best weights; both are in its folder afterwards, the checkpoint is not."""
         self.learner.net.load_state_dict(self.best["weights"])
-        found = metrics(predict(self.learner.net, self.data.test, self.data, self.accelerator, self.batch))
+        predictions = predict(self.learner.net, self.data.test, self.data, self.accelerator, self.batch)
+        found = metrics(predictions)
         record = {
             "configuration": self.configuration,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -182,6 +193,7 @@ class Run:
             "best_epoch": self.best["epoch"],
             "stopped_early": len(self.history) < self.configuration["epochs"],
             "test": found,
+            "absent": {task: absent(y, self.data.tasks[task]) for task, (_, y) in predictions.items()},
             "seconds": round(self.seconds + time.monotonic() - self.since, 1),
         }
         if self.accelerator.is_main_process:
@@ -280,6 +292,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             rehearse(one.learner.net, data)
         records.append(one.finish())
     console.print(shown(records))
+    for task, names in records[0].get("absent", {}).items():
+        if names:
+            console.print(f"{task}: no test sample is {', '.join(names)}; means over the classes leave it out.", markup=False)
     console.print(f"Records, weights: {options.output}")
     return records
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import drifa_attn
 from drifa_attn import TaskLoss
 from examples.drifa_net import train
 from examples.drifa_net.data import IGNORE, load
-from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
+from examples.drifa_net.metrics import absent, abstention, reliability, risk_coverage, scores
 from examples.drifa_net.networks import attentions, build, restored, scaled
 from examples.drifa_net.records import read_record
 from tests._compare import assert_same_bits, assert_same_math
@@ -197,6 +198,7 @@ RECORD = {
     "best_epoch",
     "stopped_early",
     "test",
+    "absent",
     "seconds",
 }
 
@@ -304,6 +306,32 @@ def test_scores_are_scikit_learns():
     confidence, accuracy, share = reliability(probs[kept], labels[kept])
     gaps = torch.nan_to_num((confidence - accuracy).abs() * share).sum()
     assert found["ece"] == pytest.approx(gaps.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("shown", "said"), [([0, 2], [0, 2]), ([0, 2, 3], [0, 1, 2]), ([1, 3], [0, 1, 2, 3])])
+def test_scores_leave_out_what_is_absent_as_scikit_learn_does(shown, said):
+    """Classes that no label has: not 0 in a mean; macro-F1 counts them where they are predicted."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.tensor(shown)[torch.randint(len(shown), (60,), generator=draw)]
+    logits = torch.randn(60, 4, generator=draw)
+    logits[:, [k for k in range(4) if k not in said]] = -9  # what is never predicted
+    probs = logits.softmax(1).double()
+    found, y, guess = scores(probs, labels), labels.numpy(), probs.argmax(1).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that labels lack a prediction
+        assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, guess))
+    assert found["macro_f1"] == pytest.approx(f1_score(y, guess, average="macro"))
+    expected = [roc_auc_score(y == k, probs[:, k].numpy()) for k in shown]
+    assert found["auroc"] == pytest.approx(np.mean(expected))
+    assert absent(labels, "abcd") == [name for k, name in enumerate("abcd") if k not in shown]
+
+
+def test_scores_of_one_class_or_nothing():
+    probs = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    found = scores(probs, torch.tensor([0, 0]))
+    assert (found["balanced_accuracy"], np.isnan(found["auroc"])) == (0.5, True)
+    with pytest.raises(ValueError, match="at least one sample with a label, got none"):
+        scores(probs, torch.tensor([IGNORE, IGNORE]))
 
 
 def test_risk_coverage_by_hand():
