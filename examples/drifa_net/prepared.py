@@ -13,6 +13,7 @@ from examples.drifa_net.samples import Samples, check_tasks, labelled
 from examples.drifa_net.sources import Collection
 from examples.drifa_net.splits import SPLITS, check_classes, check_leaks, divide, drop_duplicates, drop_groups
 from examples.drifa_net.store import Rows, decoded
+from examples.drifa_net.table import is_table
 from examples.drifa_net.tabular import encoded, fitted
 
 SIZE = 128
@@ -56,7 +57,8 @@ def prepare(
     for name, branch in samples.branches.items():
         if isinstance(branch, Collection):
             sights[name], shapes[name] = rows[name], (3, *rows[name].size)
-            inputs[name] = {"kind": "image", "size": list(rows[name].size), "column": branch.name}
+            column = branch.name if branch.source and is_table(branch.source) else None
+            inputs[name] = {"kind": "image", "size": list(rows[name].size), "column": column}
             moves.append(augmentation_of(branch.turns if turns is None else turns))
             continue
         training = samples.rows[name][split == 0]

@@ -160,11 +160,17 @@ def why_not(frame: pd.DataFrame, name: str, columns: Columns) -> str:
     return ""
 
 
-def samples_of(path: Path, columns: Columns, folders: Sequence[Samples] = ()) -> tuple[Samples, Columns]:
-    """The rows of a table, and which of its columns are what."""
+def samples_of(
+    path: Path, columns: Columns, folders: Sequence[Samples] = (), *, trained: bool = False
+) -> tuple[Samples, Columns]:
+    """The rows of a table, and which of its columns are what: those of a run that was `trained`, else all that are found."""
     frame = read_frame(path)
     keys = set().union(*(one.keys.tolist() for one in folders))
-    columns, unused = found_columns(frame, columns, path, keys)
+    if trained:
+        check_named(frame, columns, path)
+        unused: list[str] = []
+    else:
+        columns, unused = found_columns(frame, columns, path, keys)
     if folders and columns.sample is None:
         raise ValueError(
             f"{path}: no column names the images of {', '.join(one.name for one in folders)} (as {folders[0].keys[0]!r}): name "

@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             left(run_folder(options.output, options.model, seed), configured(options, seed, data, accelerator))
     console = Console(highlight=False, quiet=not accelerator.is_main_process)
     records = []
-    console.print(str(data), markup=False)
+    console.print(str(data), markup=False, soft_wrap=True)
     for seed in options.seeds:
         with whole.explained():
             one = Run(configured(options, seed, data, accelerator), data, accelerator, options.output, console)
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for task, names in records[0].get("absent", {}).items():
         if names:
             console.print(f"{task}: no test sample is {', '.join(names)}; means over the classes leave it out.", markup=False)
-    console.print(f"Records, weights: {options.output}")
+    console.print(f"Records, weights: {options.output}", soft_wrap=True)
     return records
 
 
