@@ -156,6 +156,113 @@ def rename(path, name):
     return lambda root: (root / path).rename((root / path).with_name(name))
 
 
+def rewrite_table(name, separator):
+    """HAM10000's table under another name, with other separators."""
+
+    def change(root):
+        with (root / "HAM10000_metadata.csv").open(newline="") as lines:
+            rows = list(csv.reader(lines))
+        (root / "HAM10000_metadata.csv").unlink()
+        with (root / name).open("w", newline="") as lines:
+            csv.writer(lines, delimiter=separator, quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
+
+    return change
+
+
+def move(pattern, place):
+    """Put what a pattern finds where a function of its path, relative to the root, says."""
+
+    def change(root):
+        for path in sorted(root.glob(pattern), reverse=True):
+            target = root / place(path.relative_to(root))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+    return change
+
+
+def hide(root):
+    """What programs leave in folders, with images and tables in it."""
+    deepest = next(path for path in sorted(root.rglob("*.*")) if path.suffix in (".jpg", ".bmp"))
+    for folder in (root / "__MACOSX", deepest.parent / ".ipynb_checkpoints"):
+        folder.mkdir()
+        shutil.copy(deepest, folder / deepest.name)
+    shutil.copy(deepest, deepest.with_name(f"._{deepest.name}"))
+    (root / ".DS_Store").touch()
+    (root / "._HAM10000_metadata.csv").write_bytes(b"\x00\x05\x16\x07")
+
+
+SHIPPED = {
+    "ham10000": {
+        "a table with tabs": rewrite_table("HAM10000_metadata.tab", "\t"),
+        "a table without an ending": rewrite_table("HAM10000_metadata", ","),
+        "a table in lower case": rewrite_table("ham10000_metadata.csv", ","),
+        "folders one level deeper": move("*_part_?/*.jpg", lambda path: path.parent / path.parent.name / path.name),
+        "folders in lower case": move("*_part_?", lambda path: str(path).lower()),
+        "both parts in one": move("*_part_?/*.jpg", lambda path: f"HAM10000_images_part_1/{path.name}"),
+        "JPG": move("*_part_?/*.jpg", lambda path: path.with_suffix(".JPG")),
+        "hidden": hide,
+    },
+    "sipakmed": {
+        "cropped": move("*/*/CROPPED", lambda path: path.with_name("cropped")),
+        "no inner folder": move("*/*/CROPPED", lambda path: f"{path.parts[0]}/CROPPED"),
+        "BMP": move("*/*/CROPPED/*.bmp", lambda path: path.with_suffix(".BMP")),
+        "hidden": hide,
+    },
+    "brain_mri": {
+        "lower case": move("*ing", lambda path: str(path).lower()),
+        "train and test": move("*ing", lambda path: str(path).lower().removesuffix("ing")),
+        "classes in capitals": move("*/*", lambda path: path.with_name(path.name.title())),
+        "hidden": hide,
+    },
+    "iq_othnccd": {
+        "benign": move("Bengin cases", lambda path: "Benign cases"),
+        "lower case": move("* cases", lambda path: str(path).lower()),
+        "no test cases": remove("Test cases"),
+        "JPEG": move("*/*.jpg", lambda path: path.with_suffix(".JPEG")),
+        "hidden": hide,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(kind, change) for kind, changes in SHIPPED.items() for change in changes.values()],
+    ids=[f"{kind}: {name}" for kind, changes in SHIPPED.items() for name in changes],
+)
+def test_what_publishers_ship_and_unpacking_makes_of_it_is_read(kind, change, tmp_path):
+    plain, root = read(build(kind, tmp_path / "plain")), build(kind, tmp_path / "changed")
+    change(root)
+    found = read(root)
+    assert (found.name, found.classes) == (kind, plain.classes)
+    expected, got = (
+        {path.stem: (label, group) for path, label, group in zip(one.images, one.labels, groups_of(one), strict=True)}
+        for one in (plain, found)
+    )
+    assert got == expected
+    assert len(found) == len(plain)
+
+
+def groups_of(collection):
+    return range(len(collection)) if collection.groups is None else collection.groups
+
+
+def test_cells_of_another_format_are_read(tmp_path):
+    root = build("sipakmed", tmp_path)
+    for path in list(root.glob("*/*/CROPPED/*.bmp")):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".png"))
+        path.unlink()
+    assert len(read(root)) == 2 * 8 * 2
+
+
+def test_a_slice_without_a_number_is_refused(tmp_path):
+    root = build("iq_othnccd", tmp_path)
+    picture(0).save(root / "Normal cases" / "another.jpg")
+    with pytest.raises(ValueError, match=r"another\.jpg has no number in its name, so its neighbours are unknown"):
+        read(root)
+
+
 MISSING, WRONG = FileNotFoundError, ValueError
 
 
