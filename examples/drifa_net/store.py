@@ -99,7 +99,7 @@ def made(collection: Collection, wanted: Sequence[int], size: tuple[int, int], *
 
 def made_row(collection: Collection, i: int, size: tuple[int, int]) -> np.ndarray:
     """Image i at this size `3 h w`, then its thumbnail, in one vector."""
-    whole = collection.open(i)
+    whole = collection.open(i, at_least=2 * max(*size, THUMBNAIL))
     small = whole.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     if whole.size != (size[1], size[0]):
         whole = whole.resize((size[1], size[0]), Image.Resampling.BILINEAR)  # smoothed where it shrinks

@@ -6,11 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from examples.drifa_net import store
 from examples.drifa_net.sources import Collection, read
 from examples.drifa_net.store import decoded
 from tests._compare import assert_same_bits
+from tests.examples.collections import picture
 from tests.examples.own_data import shown, write_folder
 
 
@@ -19,9 +21,9 @@ def opened(monkeypatch):
     """The images that were decoded, by the names of their files."""
     names, before = [], Collection.open
 
-    def counting(self, i):
+    def counting(self, i, at_least=None):
         names.append(self.images[i].name)
-        return before(self, i)
+        return before(self, i, at_least)
 
     monkeypatch.setattr(Collection, "open", counting)
     return names
@@ -103,6 +105,17 @@ def test_rows_travel_as_their_paths(tmp_path):
     packed = pickle.dumps(rows)
     assert len(packed) < 32 * 32 * 3
     same(pickle.loads(packed), rows)
+
+
+def test_large_photographs_are_decoded_in_part_and_look_the_same(tmp_path):
+    picture(0, size=24).resize((600, 450), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    collection = Collection("x", None, [tmp_path / "a.jpg"], np.zeros(1, np.int64), ("a",))
+    assert collection.open(0, at_least=64).size == (150, 113)
+    assert collection.open(0).size == (600, 450)
+    with Image.open(tmp_path / "a.jpg") as image:
+        whole = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(float)
+    apart = np.abs(decoded(collection, (32, 32), None).image(0).numpy() - whole)
+    assert (apart.mean() < 1, apart.max() < 9) == (True, True)  # of 255
 
 
 def test_arrays_are_resized_in_memory(tmp_path):

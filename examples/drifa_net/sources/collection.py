@@ -50,12 +50,14 @@ class Collection:
         """The place of image i, as an error names it."""
         return str(self.images[i]) if not isinstance(self.images, np.ndarray) else f"image {i} of {self.source or self.name}"
 
-    def open(self, i: int) -> Image.Image:
-        """Image i, fully decoded, in colours."""
+    def open(self, i: int, at_least: int | None = None) -> Image.Image:
+        """Image i, fully decoded, in colours; a JPEG may come at a fraction of its size, `at_least` so large."""
         if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[i]).convert("RGB")
         try:
             with Image.open(self.images[i]) as image:
+                if at_least:
+                    image.draft("RGB", (at_least, at_least))
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
