@@ -183,8 +183,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if len(members) < PAPER_MEMBERS:
         console.print(f"{len(members)} members; the paper's ensemble has {PAPER_MEMBERS}.")
     found = predictions(members, data, options.batch_size, options.samples)
-    targets = torch.stack([data.test[i][1] for i in range(len(data.test))])
-    labels = dict(zip(data.tasks, targets.unbind(1), strict=True))
+    labels = dict(zip(data.tasks, data.test.targets.unbind(1), strict=True))
     for task, classes in data.tasks.items():
         if names := absent(labels[task], classes):
             console.print(f"{task}: no test sample is {', '.join(names)}; means over the classes leave it out.", markup=False)

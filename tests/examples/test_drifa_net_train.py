@@ -28,6 +28,7 @@ from examples.drifa_net.networks import attentions, build, restored, scaled
 from examples.drifa_net.records import read_record
 from tests._compare import assert_same_bits, assert_same_math
 from tests.examples.collections import write_archive
+from tests.examples.own_data import write_table
 
 
 @pytest.fixture(autouse=True)
@@ -73,18 +74,28 @@ train.main(sys.argv[1:])
 """
 
 
-def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_bits(tmp_path):
-    options = (*archives(tmp_path), "--width", "4", "--losses", "uncertainty", "--epochs", "2", "--save-every", "2")
+def table(folder):
+    """The options for a table with absent images and records: five steps of ten, classes drawn as often."""
+    path, kind = write_table(folder / "own", 75), ("--size", "8", "--batch-size", "10", "--balance", "sampling")
+    return "--data", str(path), *kind, "--cache", str(folder / "cache"), *FUSE
+
+
+@pytest.mark.parametrize(
+    ("given", "model"), [(archives, ("--width", "4")), (table, ("--log", "csv"))], ids=["archives", "table"]
+)
+def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_bits(given, model, tmp_path):
+    options = (*given(tmp_path), *model, "--losses", "uncertainty", "--epochs", "2", "--save-every", "2")
     died = launched(KILLED, *options, "--output", tmp_path / "killed", module=("-c",))
-    folder = tmp_path / "killed" / "drifa_net-seed0"
+    (folder,) = (tmp_path / "killed").iterdir()
+    logs = ["log.csv"] if "--log" in model else []
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "sources.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", *logs, "sources.json"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["place"][:2] == (1, 2)
     (resumed,) = train.main([*options, "--output", str(tmp_path / "killed")])
     (whole,) = train.main([*options, "--output", str(tmp_path / "whole")])
     assert lasting(resumed) == lasting(whole)
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "run.json", "sources.json"]
-    weights, others = (load_file(tmp_path / one / "drifa_net-seed0" / "model.safetensors") for one in ("killed", "whole"))
+    assert sorted(path.name for path in folder.iterdir()) == [*logs, "model.safetensors", "run.json", "sources.json"]
+    weights, others = (load_file(tmp_path / one / folder.name / "model.safetensors") for one in ("killed", "whole"))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
         assert_same_math(tensor.float(), others[name].float())
