@@ -11,10 +11,11 @@ this network, not what a network trained without would do. That is `--model conc
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -36,7 +37,7 @@ from examples.drifa_net.data import IGNORE, Data
 from examples.drifa_net.networks import Inputs, Labels, Named, attentions, is_image, named, restored
 from examples.drifa_net.reading import reloaded
 
-ENOUGH = 16  # positions that a Grad-CAM should have at least
+ENOUGH = 49  # positions that a Grad-CAM should have at least, as of the last stage at 224 pixels
 BINS = 60
 NEIGHBOURS = 5
 CPU = torch.device("cpu")
@@ -96,14 +97,26 @@ def as_map(x: Tensor, layout: str, prefix: int, aspect: float) -> Tensor:
     return x if layout == "b c ..." else rearrange(x, "b h w c -> b c h w")
 
 
-def chosen(net: nn.Module, data: Data, branch: str, most: int = 4) -> tuple[Inputs, Tensor | None, Tensor]:
-    """The first test image of a branch that is told right of each of the first few classes, who is present, the classes."""
+class Chosen(NamedTuple):
+    """Test images of a branch that are told right, one a class: inputs, who is present, classes; and classes without one."""
+
+    inputs: Inputs
+    present: Tensor | None
+    classes: Tensor
+    never: list[int]  # of which no test image is told right
+    more: list[int]  # which are told right, but left out
+
+
+def chosen(net: nn.Module, data: Data, branch: str, most: int = 4) -> Chosen:
+    """The first test image of a branch that is told right of each of the first few classes."""
     found: dict[int, tuple[Inputs, Tensor]] = {}
+    known: set[int] = set()
     task, place = task_of(data, branch), data.branches.index(branch)
     for inputs, present, labels in batches(data):
         with torch.no_grad():
             right = net(inputs, present)[task].argmax(1) == labels[task]
         there = torch.ones(len(right), len(inputs), dtype=torch.bool) if present is None else present
+        known |= set(labels[task][there[:, place]].tolist()) - {IGNORE}
         for i in (right & there[:, place]).nonzero()[:, 0].tolist():
             one = {name: x[i : i + 1] for name, x in inputs.items()}
             found.setdefault(int(labels[task][i]), (one, there[i : i + 1]))
@@ -112,7 +125,8 @@ def chosen(net: nn.Module, data: Data, branch: str, most: int = 4) -> tuple[Inpu
         raise ValueError(f"no test image of {task} is told right: train longer before drawing where the evidence is.")
     inputs = {name: torch.cat([found[c][0][name] for c in classes]) for name in data.branches}
     present = torch.cat([found[c][1] for c in classes])
-    return inputs, None if present.all() else present, torch.tensor(classes)
+    never, more = sorted(known - set(found)), sorted(found)[most:]
+    return Chosen(inputs, None if present.all() else present, torch.tensor(classes), never, more)
 
 
 def heat(net: nn.Module, inputs: Inputs, present: Tensor | None, branch: str, task: str, classes: Tensor) -> np.ndarray:
@@ -123,33 +137,56 @@ def heat(net: nn.Module, inputs: Inputs, present: Tensor | None, branch: str, ta
 
 
 def draw_gradcam(net: nn.Module, data: Data, path: Path) -> None:
-    """Images, and their Grad-CAMs without and with attention, for each branch."""
+    """Images, and their Grad-CAMs without and with attention, in a grid: a row a way, and a column an image of a branch."""
     rows = ["image", "gates off", "gates on"] if attentions(net) else ["image", "no attention"]
-    branches = pictured(data)
-    figure = Figure(figsize=(6.4 * len(branches), 2.1 * len(rows) + 0.6), layout="constrained")
-    for part, branch in zip(np.atleast_1d(figure.subfigures(1, len(branches))), branches, strict=True):
-        task = task_of(data, branch)
-        inputs, present, classes = chosen(net, data, branch)
+    found = {branch: chosen(net, data, branch) for branch in pictured(data)}
+    shares = [data.shapes[branch][2] / data.shapes[branch][1] for branch, one in found.items() for _ in one.classes]
+    figure = Figure(figsize=(1.75 * sum(shares) + 0.4 * len(found) + 0.4, 1.8 * len(rows) + 1), layout="compressed")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.7 / figure.get_figheight()))  # above it the headings
+    panels, start = figure.subplots(len(rows), len(shares), squeeze=False, width_ratios=shares), 0
+    for branch, one in found.items():
+        task, columns = task_of(data, branch), panels[:, start : start + len(one.classes)]
         maps = []
         for row in rows[1:]:
             with drifa_attn.disabled(net) if row == "gates off" else nullcontext():
-                maps.append(heat(net, inputs, present, branch, task, classes))
-        panels = part.subplots(len(rows), len(classes), squeeze=False)
-        for k, image in enumerate(inputs[branch]):
-            mean, deviation = (torch.tensor(x)[:, None, None] for x in data.scales.get(branch, ((0.5,) * 3, (0.5,) * 3)))
-            pixels = (image * deviation + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-            for row, axes in enumerate(panels[:, k]):
-                if row == 0:
-                    axes.imshow(pixels)
-                    axes.set_title(data.tasks[task][int(classes[k])], size=11)
-                else:
-                    axes.imshow(pixels.mean(2), cmap="gray", vmin=-0.3, vmax=1.3)
-                    axes.imshow(maps[row - 1][k], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
-                axes.set(xticks=[], yticks=[])
-                if k == 0:
-                    axes.set_ylabel(rows[row], size=11)
-        part.suptitle(f"{branch}: evidence for {task} (black: none)", size=13)
+                maps.append(heat(net, one.inputs, one.present, branch, task, one.classes))
+        draw_examples(columns, pixels_of(one.inputs[branch], data, branch), maps)
+        for axes, k in zip(columns[0], one.classes.tolist(), strict=True):
+            axes.set_title(data.tasks[task][k], size=11)
+        for axes, row in zip(columns[:, 0], rows, strict=True):
+            axes.set_ylabel(row, size=11)
+        place = {"xy": (0, 1), "xytext": (0, 24), "xycoords": "axes fraction", "textcoords": "offset points"}
+        text = columns[0, 0].annotate(heading(branch, one, data, task), size=9, va="bottom", annotation_clip=False, **place)
+        text.set_in_layout(False)
+        start += len(one.classes)
     figure.savefig(path, dpi=130)
+
+
+def heading(branch: str, one: Chosen, data: Data, task: str) -> str:
+    """What stands above a branch's images, with the classes that have none."""
+    lines = [f"{branch}: evidence for {task} (black: none)"]
+    for what, classes in (("never told right", one.never), ("told right too", one.more)):
+        if classes:
+            names = [data.tasks[task][k] for k in classes]
+            lines.append(textwrap.shorten(f"{what}: {', '.join(names)}", 22 * len(one.classes), placeholder=" …"))
+    return "\n".join(lines)
+
+
+def pixels_of(images: Tensor, data: Data, branch: str) -> np.ndarray:
+    """Images of a branch as they look, `b h w c` in [0, 1]."""
+    mean, deviation = (torch.tensor(x)[:, None, None] for x in data.scales.get(branch, ((0.5,) * 3, (0.5,) * 3)))
+    return (images * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def draw_examples(panels: np.ndarray, pixels: np.ndarray, maps: Sequence[np.ndarray]) -> None:
+    """Images in the first row, and over each in grey its map in the rows below."""
+    for k, image in enumerate(pixels):
+        panels[0, k].imshow(image)
+        for axes, heats in zip(panels[1:, k], maps, strict=True):
+            axes.imshow(image.mean(2), cmap="gray", vmin=-0.3, vmax=1.3)
+            axes.imshow(heats[k], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
+        for axes in panels[:, k]:
+            axes.set(xticks=[], yticks=[])
 
 
 @torch.no_grad()
@@ -278,7 +315,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     drawn = []
     for name, draw in track(pictures.items(), description="drawing, about a minute", console=console):
         if draw is draw_gates and not attentions(net):
-            console.print("No gates.png: concat has none.")
+            console.print("No gates.png: this network has none.")
+            continue
+        if draw is draw_gradcam and not pictured(data):
+            console.print("No gradcam.png: no branch sees images.")
             continue
         draw(net, data, folder / name)
         drawn.append(folder / name)

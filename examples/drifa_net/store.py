@@ -60,7 +60,8 @@ def decoded(collection: Collection, size: tuple[int, int], cache: Path | None, *
     """Every image of a collection at this size, from the cache as far as it is there; an archive's images need none."""
     count = len(collection)
     if cache is None or isinstance(collection.images, np.ndarray):
-        rows = np.stack([row for _, row in made(collection, range(count), size, progress=progress)])
+        shown = progress and not isinstance(collection.images, np.ndarray)
+        rows = np.stack([row for _, row in made(collection, range(count), size, progress=shown)])
         return Rows([rows], np.stack([np.zeros(count, np.int64), np.arange(count)], 1), size)
     folder = cache / f"{size[0]}x{size[1]}-{FORM}"
     with ThreadPoolExecutor(os.cpu_count()) as threads:
