@@ -24,7 +24,7 @@ class CSVTracker(GeneralTracker):
     @on_main_process
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.rows = path, {}
+        self.path, self.rows = path, []
 
     @property
     def tracker(self) -> Path:
@@ -34,8 +34,8 @@ class CSVTracker(GeneralTracker):
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Write the row of an epoch."""
-        self.rows[step] = {"epoch": step, **values}
-        table = pd.DataFrame(list(self.rows.values()))
+        self.rows.append({"epoch": step, **values})
+        table = pd.DataFrame(self.rows)
         replace(self.path, lambda half: table.to_csv(half, index=False))
 
 

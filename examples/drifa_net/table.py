@@ -10,11 +10,10 @@ import pandas as pd
 
 from examples.drifa_net.samples import Samples, part_name
 from examples.drifa_net.sources import UNLABELLED, Collection
-from examples.drifa_net.sources.collection import SUFFIXES
+from examples.drifa_net.sources.collection import SUFFIXES, VOLUMES
 from examples.drifa_net.sources.folder import PARTS
 
-READERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".parquet": None, ".pq": None}  # what separates cells, if it is text
-VOLUMES = (".nii", ".nii.gz", ".dcm")
+READERS = {".csv": ",;\t", ".tsv": "\t", ".tab": "\t", ".parquet": "", ".pq": ""}  # what may separate cells, if it is text
 NAMES = {
     "sample": ("sample", "sample_id", "image_id", "id"),
     "labels": ("label", "class", "target", "diagnosis", "dx"),
@@ -49,11 +48,14 @@ def is_table(path: Path) -> bool:
 
 def read_frame(path: Path) -> pd.DataFrame:
     """The cells of a table: words, and numbers where a whole column is numbers; empty ones are NaN."""
-    separator = READERS[path.suffix.lower()]
+    separators = READERS[path.suffix.lower()]
     try:
-        if separator is None:
+        if not separators:
             frame = pd.read_parquet(path)
         else:
+            with path.open(encoding="utf-8-sig") as lines:
+                header = lines.readline()
+            separator = max(separators, key=header.count)
             frame = pd.read_csv(path, sep=separator, dtype=str, encoding="utf-8-sig", skipinitialspace=True)
     except Exception as error:  # of many kinds, by pandas and pyarrow
         raise ValueError(f"{path} is no table that can be read: {error}") from error

@@ -167,6 +167,17 @@ def test_a_branch_that_one_sample_of_a_batch_has_is_left_out_there():
     assert paired_up(None) is None
 
 
+def test_networks_are_told_who_is_present(tmp_path):
+    data = load([write_table(tmp_path)], size=8)
+    batch = next(iter(data.loader(data.train, 60)))
+    _, present, _ = named(batch, data, CPU)
+    assert torch.equal(present, batch[1])
+    assert not present.all()
+    whole = [part[present.all(1)] for part in batch[1:]]
+    inputs = {name: x[present.all(1)] for name, x in batch[0].items()}
+    assert named([inputs, *whole], data, CPU)[1] is None
+
+
 @pytest.mark.parametrize("model", ["fuse", "concat", "drifa_net"])
 def test_absent_modalities_are_trained_and_tested_with(model, tmp_path):
     path = write_table(tmp_path / "own")

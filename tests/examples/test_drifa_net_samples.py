@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from examples.drifa_net.data import load
 from examples.drifa_net.samples import alone, joined, part_name
@@ -63,6 +64,26 @@ def test_images_without_classes_need_a_table(tmp_path):
     assert read(tmp_path / "flat").classes == ()
     with pytest.raises(ValueError, match="flat: nothing in .*flat says what a sample is"):
         load([tmp_path / "flat"])
+
+
+def test_images_of_more_than_eight_bits_are_stretched_not_cut(tmp_path):
+    values = np.array([[1000, 1500], [2000, 3000]])
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "b.tif")
+    Image.fromarray(np.full((2, 2), 700, np.uint16)).save(tmp_path / "c.png")
+    collection = read(tmp_path)
+    for i in (0, 1):
+        pixels = np.asarray(collection.open(i))
+        assert pixels[..., 0].tolist() == [[0, 64], [128, 255]]
+        assert (pixels == pixels[..., :1]).all()
+    assert not np.asarray(collection.open(2)).any()
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "slice.DCM"])
+def test_volumes_are_refused_in_words(name, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{name} is a volume: only images are read"):
+        read(tmp_path)
 
 
 # Pairing

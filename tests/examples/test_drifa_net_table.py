@@ -43,6 +43,7 @@ def test_what_is_named_counts(tmp_path):
     samples, _ = samples_of(path, Columns(record=(), labels=("diagnosis", "sex")))
     assert list(samples.branches) == ["photo"]
     assert list(samples.tasks) == ["diagnosis", "sex"]
+    assert samples_of(path, Columns(group="diagnosis"))[1].labels == ()  # it is the group already
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,8 @@ def test_words_are_kept_as_they_are(tmp_path):
     (tmp_path / "t.csv").write_text("sample,grade\n001,2\n002,10\n010,2\n011,10\n,\n")
     frame = read_frame(tmp_path / "t.csv")
     assert frame["sample"].iloc[0] == "001"
+    (tmp_path / "t.csv").write_text("sample;age\n001;1,5\n")
+    assert read_frame(tmp_path / "t.csv").to_numpy().tolist() == [["001", "1,5"]]
     (tmp_path / "t.csv").write_text("sample,label\n" + "".join(f"{i:03d},{(2, 10)[i % 2]}\n" for i in range(8)))
     samples, _ = samples_of(tmp_path / "t.csv", Columns())
     assert samples.tasks == {"label": ("2", "10")}  # numbers in their order

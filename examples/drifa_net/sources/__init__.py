@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 
 from examples.drifa_net.sources import brain_mri, folder, ham10000, iq_othnccd, npz, sipakmed
-from examples.drifa_net.sources.collection import SUFFIXES, UNLABELLED, Collection, pictures_below, visible
+from examples.drifa_net.sources.collection import SUFFIXES, UNLABELLED, VOLUMES, Collection, pictures_below, visible
 from examples.drifa_net.sources.digits import halves
 
 __all__ = ["READERS", "UNLABELLED", "Collection", "halves", "read"]
@@ -80,6 +80,9 @@ def own(root: Path) -> Path:
     while len(inside := visible(root)) == 1 and inside[0].is_dir() and any(path.is_dir() for path in visible(inside[0])):
         root = inside[0]
     if not pictures_below(root):
+        volumes = [path for path in sorted(root.rglob("*")) if path.name.lower().endswith(VOLUMES)]
+        if volumes:
+            raise ValueError(f"{volumes[0]} is a volume: only images are read. Give slices of it.")
         kinds = ", ".join(sorted(SUFFIXES))
         raise ValueError(f"{root} holds no collection ({', '.join(MARKED)}) and no images ({kinds}).")
     return root

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+VOLUMES = (".nii", ".nii.gz", ".dcm")  # what is told, but not read
 UNLABELLED = -100  # the label of an image that has none
 
 
@@ -58,11 +59,20 @@ class Collection:
             with Image.open(self.images[i]) as image:
                 if at_least:
                     image.draft("RGB", (at_least, at_least))
-                return image.convert("RGB")
+                return in_colours(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
                 f"{self.where(i)} is no readable image ({error}): unpack it again, or delete it and its line in a table."
             ) from error
+
+
+def in_colours(image: Image.Image) -> Image.Image:
+    """An image in three channels of 8 bits; one of more bits is stretched from its lowest to its highest value."""
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        low, high = values.min(), values.max()
+        image = Image.fromarray(np.round(255 * (values - low) / ((high - low) or 1)).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def by_class(name: str, root: Path, files: dict[str, list[Path]], **options: Any) -> Collection:
