@@ -58,13 +58,17 @@ def parsed(whole: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def configured(options: argparse.Namespace, seed: int, data: Data, accelerator: Accelerator) -> dict[str, Any]:
-    """What decides a run's result, as plain values; of paths only the names."""
+def intended(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What the options say of a run's result, as plain values; of paths only the names."""
     left_out = ("data", "cache", "seeds", "output", "mixed_precision")
     kept = {name: value for name, value in vars(options).items() if name not in left_out}
-    names = [path.name for path in options.data]
+    return {"data": [path.name for path in options.data] or ["digits"], **kept, "seed": seed}
+
+
+def configured(options: argparse.Namespace, seed: int, data: Data, accelerator: Accelerator) -> dict[str, Any]:
+    """All that decides a run's result."""
     kind = {"precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
-    return {"data": names or ["digits"], "branches": list(data.branches), **kept, "seed": seed, **kind}
+    return {**intended(options, seed), "branches": list(data.branches), **kind}
 
 
 def check(options: argparse.Namespace, data: Data, accelerator: Accelerator) -> None:

@@ -39,7 +39,7 @@ from examples.drifa_net.inference import metrics, predict
 from examples.drifa_net.logs import log, trackers
 from examples.drifa_net.metrics import absent
 from examples.drifa_net.networks import build, calibrate, groups, named, paired_up, rehearse, scaled
-from examples.drifa_net.options import check, configured, parsed, parser
+from examples.drifa_net.options import check, configured, intended, parsed, parser
 from examples.drifa_net.reading import reading
 from examples.drifa_net.records import SOURCES, run_folder
 
@@ -275,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     with whole.explained():
         # Told so, accelerate joins the processes of torchrun on machines without a GPU too.
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
+        for seed in options.seeds if accelerator.is_main_process else ():  # before images are read
+            left(run_folder(options.output, options.model, seed), intended(options, seed))
         with accelerator.local_main_process_first():  # which decodes what the others then find
             progress = accelerator.is_local_main_process
             data = load(options.data, **reading(vars(options)), cache=options.cache, progress=progress)

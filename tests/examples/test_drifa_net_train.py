@@ -272,6 +272,7 @@ def test_other_options_do_not_go_on_with_a_run(tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.main([*options, "--save-every", "5"])
     assert (tmp_path / "fuse-seed0" / "checkpoint.pt").exists()
+    monkeypatch.setattr(train, "load", None)  # it is told before images are read
     with pytest.raises(SystemExit, match="2"):
         train.main([*options, "--lr", "0.5"])
     assert re.search(r"is of a run with lr=0.002, this one has lr=0.5: give the same", capsys.readouterr().err)
