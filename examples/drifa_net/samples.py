@@ -93,11 +93,8 @@ def digits() -> Samples:
     return Samples("digits", None, keys, {**branches}, rows, tasks, targets, paired="two views of each sample")
 
 
-def joined(several: Sequence[Samples]) -> Samples:
-    """Samples of several sources that have the same key as one sample; what a source does not have is absent.
-
-    Where all sources have the same classes and agree on the samples that they share, they are one task.
-    """
+def check_keys(several: Sequence[Samples]) -> None:
+    """Raise a `ValueError` unless each source names its samples, each once, and shares some with another."""
     for one in several:
         for branch in one.branches.values():
             if isinstance(branch, Collection) and branch.keys is None:
@@ -108,16 +105,24 @@ def joined(several: Sequence[Samples]) -> Samples:
         if len(set(one.keys)) < len(one.keys):
             twice = next(key for key in one.keys if (one.keys == key).sum() > 1)
             raise ValueError(f"{one.name}: {one.source} has {str(twice)!r} more than once, so its samples cannot be paired.")
+    for one in several:
+        if not set(one.keys) & set().union(*(other.keys.tolist() for other in several if other is not one)):
+            examples = ", ".join(f"{str(other.keys[0])!r} in {other.name}" for other in several)
+            raise ValueError(
+                f"{one.name} has no sample in common with another source (the first are {examples}): name files alike, give a "
+                "column of their names by --sample, or give --pair chance if they are of different samples."
+            )
+
+
+def joined(several: Sequence[Samples]) -> Samples:
+    """Samples of several sources that have the same key as one sample; what a source does not have is absent.
+
+    Where all sources have the same classes and agree on the samples that they share, they are one task.
+    """
+    check_keys(several)
     keys = sorted(set().union(*(one.keys.tolist() for one in several)))
     places = [{key: i for i, key in enumerate(one.keys.tolist())} for one in several]
-    shared = sum(all(key in place for place in places) for key in keys)
-    names = ", ".join(one.name for one in several)
-    if not shared:
-        examples = ", ".join(repr(str(one.keys[0])) for one in several)
-        raise ValueError(
-            f"{names}: no sample is in all of them (their first are {examples}): name files alike, give a column of their "
-            "names by --sample, or give --pair chance if they are of different samples."
-        )
+    shared, names = sum(all(key in place for place in places) for key in keys), ", ".join(one.name for one in several)
     found = [np.array([place.get(key, -1) for key in keys]) for place in places]
     rows = {
         name: np.where(at < 0, -1, own[at]) for one, at in zip(several, found, strict=True) for name, own in one.rows.items()

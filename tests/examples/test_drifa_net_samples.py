@@ -136,7 +136,7 @@ def test_sources_without_a_common_sample_are_refused(tmp_path):
     left, right = write_folder(tmp_path / "left"), write_folder(tmp_path / "right")
     for path in sorted(right.rglob("*.png")):
         path.rename(path.with_name(f"other {path.name}"))
-    with pytest.raises(ValueError, match=r"left, right: no sample is in all of them \(their first are 's002', 'other s002'\)"):
+    with pytest.raises(ValueError, match="left has no sample in common .* first are 's002' in left, 'other s002' in right"):
         load([left, right])
     assert load([left, right], size=8, pair="chance").branches == ("left", "right")
 
@@ -161,6 +161,17 @@ def test_groups_and_splits_of_both_sources_must_agree():
         joined([a, collection("c", ["1", "9"])])
     with pytest.raises(ValueError, match="c: None has '1' more than once"):
         joined([a, collection("c", ["1", "1"])])
+
+
+def test_no_sample_need_be_in_all_of_three_sources():
+    both = joined([collection("a", ["1", "2"]), collection("b", ["2", "3"]), collection("c", ["3", "4"])])
+    assert {name: rows.tolist() for name, rows in both.rows.items()} == {
+        "a": [0, 1, -1, -1],
+        "b": [-1, 0, 1, -1],
+        "c": [-1, -1, 0, 1],
+    }
+    with pytest.raises(ValueError, match="c has no sample in common with another source"):
+        joined([collection("a", ["1", "2"]), collection("b", ["2", "3"]), collection("c", ["8"])])
 
 
 def test_names_are_those_that_a_network_can_have():
