@@ -19,7 +19,7 @@ from .wrapping import (
     wrap,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CLIA",

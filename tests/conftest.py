@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from drifa_attn.ops.choose import triton_missing
 from tests.cases import CASES
 
 # Samples are drawn from their own seed in the test, so a failure needs no example database to be repeated.
@@ -36,10 +37,13 @@ def pytest_xdist_auto_num_workers():
 def pytest_configure(config):
     """Import triton for its interpreter, unless tests that need a GPU may run: it decides at its first import."""
     to_compile = torch.cuda.is_available() and "not cuda" not in config.option.markexpr
-    if importlib.util.find_spec("triton") and not to_compile:
+    if triton_missing() is None and not to_compile:
         with pytest.MonkeyPatch.context() as patch:  # not for longer: other tests on a CPU would run the kernels
             patch.setenv("TRITON_INTERPRET", "1")
             import drifa_attn.ops.triton  # noqa: F401
+    from tests import older  # not above: timm imports triton
+
+    older.register()
 
 
 @pytest.fixture(scope="module")

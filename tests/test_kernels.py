@@ -5,7 +5,9 @@ from multiprocessing import get_context
 
 import pytest
 
-pytest.importorskip("triton")
+from tests._triton import skip_without_triton
+
+skip_without_triton()
 from benchmarks import kernels  # noqa: E402  (compiles with triton, which may be missing)
 
 FAST = "mfa 64 @ 784 nhwc bfloat16"

@@ -1,8 +1,10 @@
 import ast
+import email
 import inspect
 import re
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -40,11 +42,52 @@ def test_every_layer_names_its_figure_and_where_it_differs(name):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
-    (built,) = folder.glob("*.whl")
-    return built
+def built(tmp_path_factory):
+    """A folder with the wheel and the source distribution."""
+    pytest.importorskip("build", reason="the module that builds is not there")
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--sdist", "--no-isolation", "--outdir", folder, ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (found,) = built.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(built):
+    (found,) = built.glob("*.tar.gz")
+    return found
+
+
+def test_an_index_would_take_both(wheel, source):
+    """`README.md` renders there, and no warning is left."""
+    pytest.importorskip("twine", reason="the module that checks is not there")
+    said = run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", wheel, source)
+    assert said.count("PASSED") == 2
+
+
+def test_the_metadata_says_whose_it_is_and_where_it_runs(wheel):
+    name = f"drifa_attn-{drifa_attn.__version__}.dist-info/METADATA"
+    says = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    assert says["Version"] == drifa_attn.__version__
+    assert says["Author"] == "The drifa_attn developers"
+    assert says.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2412.01248"]
+    minors = [
+        int(c.rpartition(".")[2]) for c in says.get_all("Classifier") if c.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert minors == list(range(int(says["Requires-Python"].removeprefix(">=3.")), minors[-1] + 1))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_the_source_distribution_holds_what_git_does_not_ignore(source):
+    """What else lies about in a checkout, environments above all, is not sent to an index."""
+    ours = set(run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines())
+    names = {name.partition("/")[2] for name in tarfile.open(source).getnames()}
+    assert names - {"PKG-INFO"} <= ours
+    assert {path for path in ours if path.startswith(("drifa_attn/", "tests/", "examples/"))} <= names
 
 
 def test_wheel_holds_the_package_alone(wheel):

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-import drifa_attn
 from benchmarks import report, rows, scaling, selection
 from benchmarks.__main__ import SUITES, main
 from benchmarks.cases import Options
@@ -49,7 +48,16 @@ def test_readme_is_what_the_committed_rows_give():
     readme = report.README.read_text()
     assert all(f"<!-- table: {name} -->" in readme for name in report.TABLES)
     if COMMITTED:
-        assert report.filled(readme, Found(report.counted(RESULTS / drifa_attn.__version__))) == readme
+        assert report.filled(readme, Found(report.counted(report.newest()))) == readme
+
+
+def test_the_newest_version_with_rows_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.newest() == tmp_path
+    for version in ("0.9.0", "0.10.0"):
+        write([ROW], tmp_path / version / "cpu-layers.csv")
+    (tmp_path / "0.11.0").mkdir()
+    assert report.newest().name == "0.10.0"
 
 
 def test_rows_come_back_from_a_file_as_they_were(tmp_path):

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests._compare import assert_same_bits
+from tests._triton import skip_without_triton
 from tests.ops._fused import DEVICE, assert_no_worse, on_kernels, stored
 
-pytest.importorskip("triton")
+skip_without_triton()
 from drifa_attn.ops import triton  # noqa: E402  (imports triton, which may be missing)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

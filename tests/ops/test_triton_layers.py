@@ -6,10 +6,11 @@ import torch
 from drifa_attn import MFA, MIFA, ops
 from drifa_attn.ops import operators
 from tests._compare import assert_same_math
+from tests._triton import skip_without_triton
 from tests.cases import listed, loss, perturb_
 from tests.ops._fused import DEVICE, INTERPRETING, on_kernels
 
-pytest.importorskip("triton")
+skip_without_triton()
 
 # float32 is multiplied exactly in the interpreter, elsewhere only where TF32 is allowed
 DTYPE, REL = (torch.float32, 1e-4) if INTERPRETING else (torch.bfloat16, 5e-2)

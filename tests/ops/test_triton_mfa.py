@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from tests._compare import assert_same_bits, assert_same_math
+from tests._triton import skip_without_triton
 from tests.ops._fused import (
     DTYPES,
     INTERPRETING,
@@ -21,7 +22,7 @@ from tests.ops._fused import (
     problems,
 )
 
-pytest.importorskip("triton")
+skip_without_triton()
 from drifa_attn.ops import choose, chunked, triton  # noqa: E402  (imports triton, which may be missing)
 from drifa_attn.ops.triton import mfa  # noqa: E402
 
