@@ -3,7 +3,7 @@
 from . import functional, ops
 from .attention import CLIA, HIFA, MFA, MGIFA, MIFA, MLIFA, RRA
 from .files import load_attention, save_attention
-from .fusion import Fused, TaskLoss, fuse
+from .fusion import Fused, TaskLoss, collate, fuse
 from .uncertainty import RegressionUncertainty, Uncertainty, add_dropout, ensemble, mc_dropout, remove_dropout
 from .wrapping import (
     Plan,
@@ -37,6 +37,7 @@ __all__ = [
     "add_dropout",
     "attention_parameters",
     "calibrate",
+    "collate",
     "disabled",
     "ensemble",
     "freeze_backbone",

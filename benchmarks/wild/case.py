@@ -9,6 +9,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from drifa_attn.network.inputs import batch_of
+
 from .leaves import leaves
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -67,7 +69,7 @@ class Case:
 
     def samples(self) -> int:
         """How many samples the example input holds."""
-        return next(iter(leaves(self.example()).values())).shape[0]
+        return batch_of(as_call(self.example()))
 
     def call(self, model: nn.Module, *, training: bool = False) -> Any:
         """The output of a network in the mode that it is in, for the same inputs and the same luck every time."""

@@ -1,5 +1,6 @@
 """Which part of a network's state dict a file holds, and how it gets back."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -45,10 +46,13 @@ def check_state(model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[
 
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], modules: Sequence[str], norms: Sequence[str]) -> None:
     """Load a file's tensors; if that fails, all weights go back and the attention that `wrap` put there is taken out."""
-    before = [(tensor, tensor.clone()) for name, tensor in model.state_dict().items() if name in tensors]
+    own = model.state_dict()
+    before = [(tensor, tensor.clone()) for name, tensor in own.items() if name in tensors]
+    state = OrderedDict(tensors)
+    state._metadata = own._metadata  # type: ignore[attr-defined] # the versions of modules, which some ask for
     try:
         check_state(model, tensors, chosen_state(model, modules, norms))
-        model.load_state_dict(tensors, strict=False)
+        model.load_state_dict(state, strict=False)
     except Exception:
         for tensor, value in before:
             tensor.copy_(value)

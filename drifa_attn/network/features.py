@@ -35,6 +35,8 @@ def looked_through(survey: Survey, name: str, channels: Collection[int], layout:
         if isinstance(site, Site) and call.count > 1:
             reason = f"it is called {call.count} times in one forward: wrap the part that is shared by itself"
             return Found([], [reason], is_map, [site for site in features.values() if isinstance(site, Site)])
+        if isinstance(site, Site) and not remembers(survey.modules[name]):
+            site = "a copy of the module would forget what it carries: name the one before or around it"
         if isinstance(site, Site) and not is_live(survey.first, call.outputs[path], site.num_prefix_tokens):
             site = unread(site)
         if isinstance(site, Site):
@@ -42,6 +44,17 @@ def looked_through(survey: Survey, name: str, channels: Collection[int], layout:
         else:
             reasons.append("".join(f"[{key}]" for key in path) + " " * bool(path) + site)
     return Found(sites, reasons, is_map)
+
+
+def remembers(module: nn.Module) -> bool:
+    """Whether a copy or a file of a module has what hangs on it: those of einops are built anew from their pattern."""
+    own = getattr(type(module), "__getstate__", None)
+    if own in (None, getattr(object, "__getstate__", None)):
+        return True
+    try:
+        return "_modules" in module.__getstate__()  # type: ignore[operator]
+    except Exception:  # parametrised modules refuse to be written; their copies are whole
+        return True
 
 
 def is_live(record: Trace, output: Output, num_prefix_tokens: int) -> bool:
@@ -102,7 +115,7 @@ def feature(survey: Survey, name: str, path: Path, channels: Collection[int] = (
         path=path,
         channels=one.shape[axis],
         layout="b ... c" if tokens_last else "b c ...",
-        num_prefix_tokens=prefix_tokens(survey, one, other) if tokens_last and last == 2 else 0,
+        num_prefix_tokens=prefix_tokens(survey, name, one, other) if tokens_last and last == 2 else 0,
         shape=one.shape[1:],
         folded=times,
     )
@@ -161,25 +174,27 @@ def weighted_before(survey: Survey, name: str, one: Output) -> nn.Module | None:
     return survey.modules[max(before)[1]] if before else None
 
 
-def prefix_tokens(survey: Survey, one: Output, other: Output | None) -> int:
-    """Number of prefix tokens: the length of the sequence minus the grid of some convolution."""
-    fitting = set(leftovers(one.shape[1], grids(survey, survey.first)))
+def prefix_tokens(survey: Survey, name: str, one: Output, other: Output | None) -> int:
+    """Number of prefix tokens: the length of the sequence minus the grid of some convolution that it comes from."""
+    fitting = set(leftovers(one.shape[1], grids(survey, survey.first, name)))
     if other and survey.second:
-        fitting &= set(leftovers(other.shape[1], grids(survey, survey.second)))
+        fitting &= set(leftovers(other.shape[1], grids(survey, survey.second, name)))
     if fitting:
         return min(fitting)
     stated = [getattr(module, "num_prefix_tokens", 0) for module in survey.modules.values()]
     return next((n for n in stated if isinstance(n, int) and 0 < n < one.shape[1]), 0)
 
 
-def grids(survey: Survey, record: Trace) -> set[int]:
-    """The numbers of positions of all maps that convolutions made, of as many axes as the first has."""
-    kind = next((type(m) for name in record.calls if isinstance(m := survey.modules[name], CONVOLUTIONS)), nn.Conv2d)
+def grids(survey: Survey, record: Trace, name: str) -> set[int]:
+    """The numbers of positions of all maps that convolutions before or in a module made, of as many axes as the first has."""
+    kind = next((type(m) for called in record.calls if isinstance(m := survey.modules[called], CONVOLUTIONS)), nn.Conv2d)
+    reach, within = record.calls[name].input_reach, f"{name}." if name else ""
     return {
         math.prod(output.shape[2:])
-        for name, call in record.calls.items()
-        if isinstance(survey.modules[name], kind)
+        for called, call in record.calls.items()
+        if isinstance(survey.modules[called], kind)
         for output in call.outputs.values()
+        if output.mark & reach or called.startswith(within)
     } - {1}
 
 

@@ -34,9 +34,19 @@ def as_call(example_input: Any) -> Inputs:
     return args, kwargs
 
 
-def batch_of(inputs: Any) -> int:
-    """The length of the first axis of the first tensor that has one."""
-    return next((tensor.shape[0] for _, tensor in tensors_in(inputs) if tensor.ndim), 0)
+def batch_of(inputs: Inputs) -> int:
+    """How many samples inputs hold: the first axis of the first tensor that has one, or the length of a list of tensors."""
+    for one in (*inputs[0], *inputs[1].values()):
+        if is_list(one):
+            return len(one)
+        if lengths := [tensor.shape[0] for _, tensor in tensors_in(one) if tensor.ndim]:
+            return lengths[0]
+    return 0
+
+
+def is_list(value: Any) -> bool:
+    """Whether an argument is a list of tensors, one a sample, as detectors take images."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Tensor) for one in value)
 
 
 def on_meta(inputs: Inputs) -> Inputs:
@@ -47,10 +57,12 @@ def on_meta(inputs: Inputs) -> Inputs:
 def on_cpu(inputs: Inputs, samples: int = 2) -> Inputs:
     """The first samples of inputs, on the CPU; without values of their own, random numbers or zeros of their dtype."""
     batch, generator = batch_of(inputs), torch.Generator().manual_seed(0)
+    single = {id(tensor) for one in (*inputs[0], *inputs[1].values()) if is_list(one) for tensor in one}
 
     def value(tensor: Tensor) -> Tensor:
         dtype = torch.float32 if tensor.dtype is torch.float16 else tensor.dtype
-        shape = (min(batch, samples), *tensor.shape[1:]) if tensor.ndim and tensor.shape[0] == batch else tensor.shape
+        is_batch = tensor.ndim and tensor.shape[0] == batch and id(tensor) not in single
+        shape = (min(batch, samples), *tensor.shape[1:]) if is_batch else tensor.shape
         if not tensor.is_meta:
             return (tensor if shape == tensor.shape else tensor[: shape[0]]).detach().to("cpu", dtype, copy=True)
         if tensor.is_floating_point():

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from drifa_attn.layout import as_place
 from drifa_attn.network.blocks import CONTAINERS
+from drifa_attn.network.features import remembers
 from drifa_attn.network.inputs import resized
 from drifa_attn.network.modes import own_randomness
 from drifa_attn.network.record import Survey
@@ -126,11 +127,14 @@ def carrier_of(model: nn.Module, name: str) -> str:
     """The module whose output is this module's output in any case: the last step of plain `Sequential`s, unless shared.
 
     A batch norm at the end is left alone where there is something around it: others replace batch norms, and what they carry.
+    So is a module that forgets in a copy what it carries.
     """
     module = model.get_submodule(name)
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         step, last = list(module._modules)[-1], module[-1]
-        if sum(other is last for _, other in model.named_modules(remove_duplicate=False)) != 1 or isinstance(last, _BatchNorm):
+        if sum(other is last for _, other in model.named_modules(remove_duplicate=False)) != 1:
+            break
+        if isinstance(last, _BatchNorm) or not remembers(last):
             break
         name, module = f"{name}.{step}" if name else step, last
     return name
@@ -148,6 +152,7 @@ def owner_of(model: nn.Module, carrier: str, avoid: set[str]) -> str:
     leaves.sort(key=lambda name: isinstance(module.get_submodule(name), _BatchNorm))
     for name in ["", *parents, *leaves]:
         owner = f"{carrier}.{name}".strip(".")
-        if owner not in avoid and not isinstance(model.get_submodule(owner), CONTAINERS):
+        holder = model.get_submodule(owner)
+        if owner not in avoid and not isinstance(holder, CONTAINERS) and remembers(holder):
             return owner
     raise ValueError(f"no module at or within {carrier!r} can hold the attention's weights: all are containers.")

@@ -11,9 +11,9 @@ SHIFT = 0.1  # of height and width, at most
 Augmentation = Callable[[Tensor, Generator], Tensor]
 
 
-def augment_in(key: str, wanted: bool) -> Augmentation | None:
-    """The augmentation of a split of pictures that have no up and no left."""
-    return augment if wanted and key == "train" else None
+def augmentation_of(turns: bool) -> Augmentation:
+    """What training images go through: shifts, and flips and turns too where the pictures have no up and no left."""
+    return augment if turns else shift
 
 
 def augment(image: Tensor, generator: Generator) -> Tensor:

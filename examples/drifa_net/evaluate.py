@@ -23,13 +23,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from drifa_attn import Uncertainty, ensemble, mc_dropout
 from examples.arguments import Parser, check_files, integer, output, source
-from examples.drifa_net.data import IGNORE, Data, load
-from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
+from examples.drifa_net.data import IGNORE, Data
+from examples.drifa_net.metrics import absent, abstention, reliability, risk_coverage, scores
 from examples.drifa_net.networks import named, restored
+from examples.drifa_net.reading import reloaded
+from examples.drifa_net.records import read_record
 from examples.tables import mean_sd
 
 SINGLE, DROPOUT, ENSEMBLE, BOTH = "single pass", "Monte Carlo dropout", "ensemble", "ensemble + dropout"
@@ -44,8 +45,8 @@ def parser() -> Parser:
     whole = Parser("python -m examples.drifa_net.evaluate", __doc__)
     add = whole.add_argument
     add("members", nargs="+", type=source, help="folders of finished runs")
-    add("--data", nargs="+", type=source, default=[], help="as they were trained on")
-    add("--size", type=integer(1), help="as they were trained on")
+    add("--data", nargs="+", type=source, default=[], help="where their data is, if it has moved")
+    add("--cache", type=output, default="outputs/cache", help="folder of decoded images (default: %(default)s)")
     add("--samples", type=integer(1), default=30, help="Monte Carlo passes of a member (default: %(default)s)")
     add("--batch-size", type=integer(1), default=256, help="(default: %(default)s)")
     add("--output", type=output, default="outputs/drifa_net", help="folder of the result (default: %(default)s)")
@@ -62,6 +63,8 @@ def check_members(runs: Sequence[Mapping[str, Any]]) -> None:
         for name, value in first.items():
             if other.get(name) != value:
                 raise ValueError(f"the members differ in {name}: {value!r} and {other.get(name)!r}: give runs of one kind.")
+    if any(run["data"] != runs[0]["data"] for run in runs):
+        raise ValueError("the members were trained on data that has changed between them: train them again.")
 
 
 def together(parts: Sequence[Mapping[str, Uncertainty]]) -> Predictions:
@@ -76,10 +79,10 @@ def together(parts: Sequence[Mapping[str, Uncertainty]]) -> Predictions:
 def predictions(members: Sequence[nn.Module], data: Data, batch: int, samples: int) -> dict[str, list[Predictions]]:
     """What every way of predicting says about the test images; of single members one prediction each."""
     generator = torch.Generator().manual_seed(0)
-    batches = [named(*parts, data, torch.device("cpu"))[0] for parts in DataLoader(data.test, batch)]
+    batches = [named(parts, data, torch.device("cpu"))[:2] for parts in data.loader(data.test, batch)]
     singles = []
     for member in members:
-        logits = [member(inputs) for inputs in batches]
+        logits = [member(*inputs) for inputs in batches]
         probs = {task: torch.cat([part[task] for part in logits]).softmax(1) for task in data.tasks}
         singles.append({task: (p, torch.special.entr(p).sum(1)) for task, p in probs.items()})
     return {
@@ -172,15 +175,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = whole.parse_args(argv)
     with whole.explained():
         check_files(options.output, ["uncertainty.json", "uncertainty.png"])
-        data = load(options.data, size=options.size)
-        members, runs = zip(*(restored(folder, data) for folder in options.members), strict=True)
+        runs = [read_record(folder / "run.json") for folder in options.members]
         check_members(runs)
+        _, data = reloaded(options.members[0], options.data, options.cache)
+        members = [restored(folder, run, data) for folder, run in zip(options.members, runs, strict=True)]
     console = Console(highlight=False, soft_wrap=True)
     if len(members) < PAPER_MEMBERS:
         console.print(f"{len(members)} members; the paper's ensemble has {PAPER_MEMBERS}.")
     found = predictions(members, data, options.batch_size, options.samples)
-    targets = torch.stack([data.test[i][1] for i in range(len(data.test))])
-    labels = dict(zip(data.tasks, targets.unbind(1), strict=True))
+    labels = dict(zip(data.tasks, data.test.targets.unbind(1), strict=True))
+    for task, classes in data.tasks.items():
+        if names := absent(labels[task], classes):
+            console.print(f"{task}: no test sample is {', '.join(names)}; means over the classes leave it out.", markup=False)
     result = {
         "model": runs[0]["configuration"]["model"],
         "data": runs[0]["configuration"]["data"],

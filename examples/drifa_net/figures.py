@@ -11,10 +11,11 @@ this network, not what a network trained without would do. That is `--model conc
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -29,14 +30,14 @@ from rich.progress import track
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import drifa_attn
-from examples.arguments import Parser, check_files, integer, output, source
-from examples.drifa_net.data import IGNORE, Data, load
-from examples.drifa_net.networks import Inputs, Labels, Named, attentions, named, restored
+from examples.arguments import Parser, check_files, output, source
+from examples.drifa_net.data import IGNORE, Data
+from examples.drifa_net.networks import Inputs, Labels, Named, attentions, is_image, named, restored
+from examples.drifa_net.reading import reloaded
 
-ENOUGH = 16  # positions that a Grad-CAM should have at least
+ENOUGH = 49  # positions that a Grad-CAM should have at least, as of the last stage at 224 pixels
 BINS = 60
 NEIGHBOURS = 5
 CPU = torch.device("cpu")
@@ -45,19 +46,24 @@ CPU = torch.device("cpu")
 class Focus(nn.Module):
     """A network as a function of one branch's images alone, for one task: what Grad-CAM takes."""
 
-    def __init__(self, net: nn.Module, inputs: Inputs, branch: str, task: str) -> None:
+    def __init__(self, net: nn.Module, inputs: Inputs, present: Tensor | None, branch: str, task: str) -> None:
         super().__init__()
-        self.net, self.inputs, self.branch, self.task = net, inputs, branch, task
+        self.net, self.inputs, self.present, self.branch, self.task = net, inputs, present, branch, task
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of the task."""
-        return self.net({**self.inputs, self.branch: x})[self.task]
+        return self.net({**self.inputs, self.branch: x}, self.present)[self.task]
 
 
-def batches(data: Data, size: int = 256) -> Iterator[tuple[Inputs, Labels]]:
-    """The test images by branch with their classes by task."""
-    for images, targets in DataLoader(data.test, size):
-        yield named(images, targets, data, CPU)
+def batches(data: Data, size: int = 256) -> Iterator[tuple[Inputs, Tensor | None, Labels]]:
+    """The test images by branch, who is present, and their classes by task."""
+    for batch in data.loader(data.test, size):
+        yield named(batch, data, CPU)
+
+
+def pictured(data: Data) -> list[str]:
+    """The branches that see images."""
+    return [branch for branch, shape in data.shapes.items() if is_image(shape)]
 
 
 def task_of(data: Data, branch: str) -> str:
@@ -91,54 +97,96 @@ def as_map(x: Tensor, layout: str, prefix: int, aspect: float) -> Tensor:
     return x if layout == "b c ..." else rearrange(x, "b h w c -> b c h w")
 
 
-def chosen(net: nn.Module, data: Data, task: str, most: int = 4) -> tuple[Inputs, Tensor]:
-    """The first test image that is told right of each of the first few classes, and these classes."""
-    found: dict[int, Inputs] = {}
-    for inputs, labels in batches(data):
+class Chosen(NamedTuple):
+    """Test images of a branch that are told right, one a class: inputs, who is present, classes; and classes without one."""
+
+    inputs: Inputs
+    present: Tensor | None
+    classes: Tensor
+    never: list[int]  # of which no test image is told right
+    more: list[int]  # which are told right, but left out
+
+
+def chosen(net: nn.Module, data: Data, branch: str, most: int = 4) -> Chosen:
+    """The first test image of a branch that is told right of each of the first few classes."""
+    found: dict[int, tuple[Inputs, Tensor]] = {}
+    known: set[int] = set()
+    task, place = task_of(data, branch), data.branches.index(branch)
+    for inputs, present, labels in batches(data):
         with torch.no_grad():
-            right = net(inputs)[task].argmax(1) == labels[task]
-        for i in right.nonzero()[:, 0].tolist():
-            found.setdefault(int(labels[task][i]), {branch: x[i : i + 1] for branch, x in inputs.items()})
+            right = net(inputs, present)[task].argmax(1) == labels[task]
+        there = torch.ones(len(right), len(inputs), dtype=torch.bool) if present is None else present
+        known |= set(labels[task][there[:, place]].tolist()) - {IGNORE}
+        for i in (right & there[:, place]).nonzero()[:, 0].tolist():
+            one = {name: x[i : i + 1] for name, x in inputs.items()}
+            found.setdefault(int(labels[task][i]), (one, there[i : i + 1]))
     classes = sorted(found)[:most]
     if not classes:
         raise ValueError(f"no test image of {task} is told right: train longer before drawing where the evidence is.")
-    inputs = {branch: torch.cat([found[c][branch] for c in classes]) for branch in data.branches}
-    return inputs, torch.tensor(classes)
+    inputs = {name: torch.cat([found[c][0][name] for c in classes]) for name in data.branches}
+    present = torch.cat([found[c][1] for c in classes])
+    never, more = sorted(known - set(found)), sorted(found)[most:]
+    return Chosen(inputs, None if present.all() else present, torch.tensor(classes), never, more)
 
 
-def heat(net: nn.Module, inputs: Inputs, branch: str, task: str, classes: Tensor) -> np.ndarray:
+def heat(net: nn.Module, inputs: Inputs, present: Tensor | None, branch: str, task: str, classes: Tensor) -> np.ndarray:
     """The Grad-CAM of each image for its class, `b h w` in [0, 1]."""
     layer, transform = stage_of(net, branch, inputs[branch])
-    with GradCAM(model=Focus(net, inputs, branch, task), target_layers=[layer], reshape_transform=transform) as cam:
+    with GradCAM(model=Focus(net, inputs, present, branch, task), target_layers=[layer], reshape_transform=transform) as cam:
         return cam(input_tensor=inputs[branch], targets=[ClassifierOutputTarget(int(c)) for c in classes])
 
 
 def draw_gradcam(net: nn.Module, data: Data, path: Path) -> None:
-    """Images, and their Grad-CAMs without and with attention, for each branch."""
+    """Images, and their Grad-CAMs without and with attention, in a grid: a row a way, and a column an image of a branch."""
     rows = ["image", "gates off", "gates on"] if attentions(net) else ["image", "no attention"]
-    figure = Figure(figsize=(6.4 * len(data.branches), 2.1 * len(rows) + 0.6), layout="constrained")
-    for part, branch in zip(np.atleast_1d(figure.subfigures(1, len(data.branches))), data.branches, strict=True):
-        task = task_of(data, branch)
-        inputs, classes = chosen(net, data, task)
+    found = {branch: chosen(net, data, branch) for branch in pictured(data)}
+    shares = [data.shapes[branch][2] / data.shapes[branch][1] for branch, one in found.items() for _ in one.classes]
+    figure = Figure(figsize=(1.75 * sum(shares) + 0.4 * len(found) + 0.4, 1.8 * len(rows) + 1), layout="compressed")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.7 / figure.get_figheight()))  # above it the headings
+    panels, start = figure.subplots(len(rows), len(shares), squeeze=False, width_ratios=shares), 0
+    for branch, one in found.items():
+        task, columns = task_of(data, branch), panels[:, start : start + len(one.classes)]
         maps = []
         for row in rows[1:]:
             with drifa_attn.disabled(net) if row == "gates off" else nullcontext():
-                maps.append(heat(net, inputs, branch, task, classes))
-        panels = part.subplots(len(rows), len(classes), squeeze=False)
-        for k, image in enumerate(inputs[branch]):
-            pixels = ((image + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
-            for row, axes in enumerate(panels[:, k]):
-                if row == 0:
-                    axes.imshow(pixels)
-                    axes.set_title(data.tasks[task][int(classes[k])], size=11)
-                else:
-                    axes.imshow(pixels.mean(2), cmap="gray", vmin=-0.3, vmax=1.3)
-                    axes.imshow(maps[row - 1][k], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
-                axes.set(xticks=[], yticks=[])
-                if k == 0:
-                    axes.set_ylabel(rows[row], size=11)
-        part.suptitle(f"{branch}: evidence for {task} (black: none)", size=13)
+                maps.append(heat(net, one.inputs, one.present, branch, task, one.classes))
+        draw_examples(columns, pixels_of(one.inputs[branch], data, branch), maps)
+        for axes, k in zip(columns[0], one.classes.tolist(), strict=True):
+            axes.set_title(data.tasks[task][k], size=11)
+        for axes, row in zip(columns[:, 0], rows, strict=True):
+            axes.set_ylabel(row, size=11)
+        place = {"xy": (0, 1), "xytext": (0, 24), "xycoords": "axes fraction", "textcoords": "offset points"}
+        text = columns[0, 0].annotate(heading(branch, one, data, task), size=9, va="bottom", annotation_clip=False, **place)
+        text.set_in_layout(False)
+        start += len(one.classes)
     figure.savefig(path, dpi=130)
+
+
+def heading(branch: str, one: Chosen, data: Data, task: str) -> str:
+    """What stands above a branch's images, with the classes that have none."""
+    lines = [f"{branch}: evidence for {task} (black: none)"]
+    for what, classes in (("never told right", one.never), ("told right too", one.more)):
+        if classes:
+            names = [data.tasks[task][k] for k in classes]
+            lines.append(textwrap.shorten(f"{what}: {', '.join(names)}", 22 * len(one.classes), placeholder=" …"))
+    return "\n".join(lines)
+
+
+def pixels_of(images: Tensor, data: Data, branch: str) -> np.ndarray:
+    """Images of a branch as they look, `b h w c` in [0, 1]."""
+    mean, deviation = (torch.tensor(x)[:, None, None] for x in data.scales.get(branch, ((0.5,) * 3, (0.5,) * 3)))
+    return (images * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def draw_examples(panels: np.ndarray, pixels: np.ndarray, maps: Sequence[np.ndarray]) -> None:
+    """Images in the first row, and over each in grey its map in the rows below."""
+    for k, image in enumerate(pixels):
+        panels[0, k].imshow(image)
+        for axes, heats in zip(panels[1:, k], maps, strict=True):
+            axes.imshow(image.mean(2), cmap="gray", vmin=-0.3, vmax=1.3)
+            axes.imshow(heats[k], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
+        for axes in panels[:, k]:
+            axes.set(xticks=[], yticks=[])
 
 
 @torch.no_grad()
@@ -148,8 +196,8 @@ def features(net: nn.Module, data: Data, most: int = 1000) -> dict[str, tuple[Te
     Where branches have tasks of their own, they were paired by chance: then of the task's own branch alone.
     """
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {task: [] for task in data.tasks}
-    for inputs, labels in batches(data):
-        found = net.features(inputs)
+    for inputs, present, labels in batches(data):
+        found = net.features(inputs, present)
         for task, several in parts.items():
             kept = labels[task] != IGNORE
             own = [found[task]] if task in found else list(found.values())
@@ -191,7 +239,7 @@ def draw_features(net: nn.Module, data: Data, path: Path) -> None:
 
 def gates(net: nn.Module, data: Data) -> dict[str, tuple[Tensor, Tensor]]:
     """Every gate a of the test images, and the gain that comes of it, `n c` each by the name of its site."""
-    parts = [(drifa_attn.gates(net, inputs), drifa_attn.gains(net, inputs)) for inputs, _ in batches(data)]
+    parts = [(drifa_attn.gates(net, *given), drifa_attn.gains(net, *given)) for *given, _ in batches(data)]
     return {
         name: tuple(torch.cat([one[name] for one in column]) for column in zip(*parts, strict=True)) for name in parts[0][0]
     }
@@ -240,8 +288,8 @@ def draw_histograms(axes: Axes, title: str, sites: Mapping[str, tuple[Tensor, Te
 
 def check_drawable(net: nn.Module, data: Data) -> None:
     """Raise a `ValueError` unless every picture has something to show."""
-    for branch in data.branches:
-        chosen(net, data, task_of(data, branch))
+    for branch in pictured(data):
+        chosen(net, data, branch)
     for task, targets in zip(data.tasks, data.test.targets.T, strict=True):
         if (targets != IGNORE).sum() <= NEIGHBOURS:
             raise ValueError(f"{task} has too few test images for its {NEIGHBOURS} nearest neighbours: it needs more.")
@@ -251,23 +299,26 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw all three; returns their paths."""
     whole = Parser("python -m examples.drifa_net.figures", __doc__)
     whole.add_argument("run", type=source, help="the folder of a finished run")
-    whole.add_argument("--data", nargs="+", type=source, default=[], help="as it was trained on")
-    whole.add_argument("--size", type=integer(1), help="as it was trained on")
+    whole.add_argument("--data", nargs="+", type=source, default=[], help="where its data is, if it has moved")
+    whole.add_argument("--cache", type=output, default="outputs/cache", help="folder of decoded images (default: %(default)s)")
     whole.add_argument("--output", type=output, help="folder of the pictures (default: the run's)")
     options = whole.parse_args(argv)
     folder = options.output or options.run
     pictures = {"gradcam.png": draw_gradcam, "features.png": draw_features, "gates.png": draw_gates}
     with whole.explained():
         check_files(folder, list(pictures))
-        data = load(options.data, size=options.size)
-        net, _ = restored(options.run, data)
+        record, data = reloaded(options.run, options.data, options.cache)
+        net = restored(options.run, record, data)
         check_drawable(net, data)
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
     drawn = []
     for name, draw in track(pictures.items(), description="drawing, about a minute", console=console):
         if draw is draw_gates and not attentions(net):
-            console.print("No gates.png: concat has none.")
+            console.print("No gates.png: this network has none.")
+            continue
+        if draw is draw_gradcam and not pictured(data):
+            console.print("No gradcam.png: no branch sees images.")
             continue
         draw(net, data, folder / name)
         drawn.append(folder / name)

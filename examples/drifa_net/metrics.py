@@ -1,7 +1,12 @@
 """How good predictions are, and how good their confidence is."""
 
+import math
+from collections.abc import Sequence
+from statistics import mean
+
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchmetrics.functional import classification
 
@@ -14,22 +19,34 @@ def scores(probs: Tensor, labels: Tensor) -> dict[str, float | int]:
     """What a task's predictions are worth: probabilities `b k`, classes `b` -> the metrics by name.
 
     Balanced accuracy, macro-F1 and AUROC (one against the rest) are means over the classes, so that rare ones count as much as
-    frequent ones. ECE is the expected calibration error over 15 bins of confidence; ECE, NLL and Brier score are the better
-    the lower. Samples whose class is IGNORE are left out; "samples" counts the others.
+    frequent ones. A class that no label has is left out, as scikit-learn does; `absent` names it. (Macro-F1 counts it where it
+    is predicted.) AUROC of one class alone is NaN. ECE is the expected calibration error over 15 bins of confidence; ECE, NLL
+    and Brier score are the better the lower. Samples whose class is IGNORE are left out; "samples" counts the others.
+
+    Raises: ValueError: no sample has a label.
     """
     probs, labels = counted(probs, labels)
-    classes = probs.shape[1]
-    predicted = probs.argmax(1)
+    if not len(labels):
+        raise ValueError("scores expected at least one sample with a label, got none: no metric says anything of it.")
+    classes, predicted = probs.shape[1], probs.argmax(1)
+    present = labels.unique().tolist()
+    ranks = [roc_auc_score(labels == k, probs[:, k]) for k in present] if len(present) > 1 else [math.nan]
     return {
         "samples": len(labels),
         "accuracy": (predicted == labels).double().mean().item(),
-        "balanced_accuracy": classification.multiclass_recall(predicted, labels, classes, average="macro").item(),
+        "balanced_accuracy": mean((predicted[labels == k] == k).double().mean().item() for k in present),
         "macro_f1": classification.multiclass_f1_score(predicted, labels, classes, average="macro").item(),
-        "auroc": classification.multiclass_auroc(probs, labels, classes, average="macro").item(),
+        "auroc": mean(map(float, ranks)),
         "ece": classification.multiclass_calibration_error(probs, labels, classes, n_bins=BINS).item(),
         "nll": F.nll_loss(probs.clamp(min=1e-12).log(), labels).item(),
         "brier": (probs - F.one_hot(labels, classes)).square().sum(1).mean().item(),
     }
+
+
+def absent(labels: Tensor, classes: Sequence[str]) -> list[str]:
+    """The classes that no label has, which `scores` leaves out."""
+    found = set(labels.tolist())
+    return [name for k, name in enumerate(classes) if k not in found]
 
 
 def counted(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The three networks that are compared, called alike: images by branch in, logits by task out."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 import drifa_attn
 from examples.drifa_net.data import Data
 from examples.drifa_net.model import DrifaNet
-from examples.drifa_net.records import read_record
 
 MODELS = ("drifa_net", "fuse", "concat")
 
+RECORD = 64  # channels of a record's branch
 CALIBRATION = 64  # training images that attention is fitted to
 
 Inputs = dict[str, Tensor]  # images by branch
@@ -38,13 +39,13 @@ class Named(nn.Module):
             if isinstance(part, nn.BatchNorm2d):
                 part.momentum = 0.1  # the released 0.01 takes hundreds of steps to forget its start: too many for short runs
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
         """The logits of every task."""
-        return dict(zip(self.tasks, self.net([inputs[name] for name in self.names]), strict=True))
+        return dict(zip(self.tasks, self.net([inputs[name] for name in self.names], present), strict=True))
 
-    def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def features(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> dict[str, Tensor]:
         """The pooled features `b c` of every branch."""
-        fused = self.net.features([inputs[name] for name in self.names])
+        fused = self.net.features([inputs[name] for name in self.names], present)
         return dict(zip(self.names, fused.chunk(len(self.names), 1), strict=True))
 
 
@@ -56,40 +57,73 @@ def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
             and the "fusion" of fuse.
         data: whose branches and tasks it gets.
 
-    Raises: ValueError: backbones that timm does not have, that are neither one nor one per branch, or that cannot be fused.
+    Raises: ValueError: backbones that timm does not have, that are neither one nor one per branch of images, or that cannot be
+        fused; records in a DRIFA-Net.
     """
-    images, _ = data.test[0]
-    shapes = {branch: tuple(image.shape) for branch, image in zip(data.branches, images, strict=True)}
+    shapes = data.shapes
+    images = [branch for branch in shapes if is_image(shapes[branch])]
     tasks = {task: len(classes) for task, classes in data.tasks.items()}
     if configuration["model"] == "drifa_net":
+        if len(images) < len(shapes):
+            records = ", ".join(branch for branch in shapes if branch not in images)
+            raise ValueError(f"--model drifa_net reads images alone, not {records}: give --model fuse, or an empty --record.")
         kind = {"width": configuration["width"], "reduction": configuration["reduction"]}
         return Named(data.branches, tasks, in_channels=[shape[0] for shape in shapes.values()], **kind)
-    names = configuration["backbones"]
-    if len(names) not in (1, len(shapes)):
-        raise ValueError(f"--backbones expected one network, or one for each of the branches {list(shapes)}, got {names}.")
-    backbones = {}
-    for name, (branch, shape) in zip(names * (len(shapes) // len(names)), shapes.items(), strict=True):
-        backbones[branch] = backbone(name, shape, pretrained=configuration["pretrained"])
+    names, pretrained = backbone_names(configuration["backbones"], images), configuration["pretrained"]
+    backbones = {
+        branch: backbone(names[branch], shape, pretrained=pretrained) if branch in names else mlp(shape)
+        for branch, shape in shapes.items()
+    }
     fusion = "concat" if configuration["model"] == "concat" else configuration.get("fusion", "mifa")
     examples = {branch: torch.zeros(2, *shape) for branch, shape in shapes.items()}
     return drifa_attn.fuse(backbones, tasks, fusion=fusion, dropout=0.25, example_inputs=examples)
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether a branch of this shape sees images, not records."""
+    return len(shape) > 1
+
+
+def backbone_names(names: Sequence[str], images: Sequence[str]) -> dict[str, str]:
+    """The network of each branch of images: one for all, or each its own."""
+    if len(names) not in (1, len(images)):
+        raise ValueError(f"--backbones expected one network, or one for each of the branches {list(images)}, got {names}.")
+    return dict(zip(images, [*names] * (len(images) // len(names)), strict=True)) if images else {}
+
+
+def mlp(shape: Sequence[int]) -> nn.Module:
+    """The branch of a record: two layers, normed by sample, so that one in a batch is enough."""
+    layers = [nn.Linear(shape[0], RECORD), nn.LayerNorm(RECORD), nn.GELU(), nn.Linear(RECORD, RECORD), nn.GELU()]
+    return nn.Sequential(*layers)
+
+
+def scaled(data: Data, configuration: Mapping[str, Any]) -> Data:
+    """The data as the backbones of a run expect it: each with the mean and deviation that timm states of it."""
+    if configuration["model"] == "drifa_net":
+        return data
+    names = backbone_names(configuration["backbones"], [name for name in data.shapes if is_image(data.shapes[name])])
+    scales = {}
+    for branch, name in names.items():
+        with suppress(RuntimeError):  # of names that timm does not have: `build` says so
+            known = timm.get_pretrained_cfg(name, allow_unregistered=False)
+            found = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+            scales[branch] = (found["mean"], found["std"])
+    return replace(data, scales=scales)
 
 
 def calibrate(net: nn.Module, data: Data) -> None:
     """Fit the paper's attention of a fused network, before training, to training images; fewer than 16 are too few."""
     count = min(len(data.train), CALIBRATION)
     if isinstance(net, drifa_attn.Fused) and attentions(net) and count >= 16:
-        samples = [data.train[i] for i in range(count)]
-        images = [torch.stack(branch) for branch in zip(*(images for images, _ in samples), strict=True)]
-        inputs, _ = named(images, torch.stack([targets for _, targets in samples]), data, torch.device("cpu"))
-        drifa_attn.calibrate(net, inputs)
+        (batch,) = data.loader(data.train, [range(count)])
+        inputs, present, _ = named(batch, data, torch.device("cpu"))
+        drifa_attn.calibrate(net, inputs, present)
 
 
 @torch.no_grad()
 def rehearse(net: nn.Module, data: Data) -> None:
     """Raise a `ValueError` unless the network takes images of these sizes."""
-    images, _ = data.test[0]
-    inputs = {branch: image.expand(2, -1, -1, -1) for branch, image in zip(data.branches, images, strict=True)}
+    inputs = {branch: torch.zeros(2, *shape) for branch, shape in data.shapes.items()}
     device = next(net.parameters()).device
     try:
         net.eval()({branch: image.to(device) for branch, image in inputs.items()})
@@ -105,28 +139,39 @@ def groups(net: nn.Module, lr: float) -> list[dict[str, Any]]:
     return drifa_attn.parameter_groups(net, lr, 5 * lr)
 
 
-def named(images: Sequence[Tensor], targets: Tensor, data: Data, device: torch.device) -> tuple[Inputs, Labels]:
-    """A batch of the data by names, on the device."""
-    inputs = {branch: image.to(device, non_blocking=True) for branch, image in zip(data.branches, images, strict=True)}
-    return inputs, dict(zip(data.tasks, targets.to(device, non_blocking=True).unbind(1), strict=True))
+def named(batch: Iterable[Any], data: Data, device: torch.device) -> tuple[Inputs, Tensor | None, Labels]:
+    """A batch of the data's loader on the device: what networks take, who is present if not all are, and classes by task."""
+    inputs, present, targets = batch
+    inputs = {branch: x.to(device, non_blocking=True) for branch, x in inputs.items()}
+    for branch, (mean, deviation) in data.scales.items():
+        mean, deviation = (inputs[branch].new_tensor(values)[:, None, None] for values in (mean, deviation))
+        inputs[branch] = ((inputs[branch] + 1) / 2 - mean) / deviation
+    labels = dict(zip(data.tasks, targets.to(device, non_blocking=True).unbind(1), strict=True))
+    return inputs, None if present.all() else present.to(device, non_blocking=True), labels
 
 
-def restored(folder: Path, data: Data) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that a finished run left in its folder, in eval mode, and the run's record.
+def paired_up(present: Tensor | None) -> Tensor | None:
+    """Who is present in a batch of training, without a branch that a single sample has, which a batch norm cannot take.
 
-    Raises: ValueError: no finished run, or one on other data.
+    It stays where it is all that its sample has.
     """
-    run, weights = read_record(folder / "run.json"), folder / "model.safetensors"
-    if run["data"] != json.loads(json.dumps(data.report)):
-        raise ValueError(
-            f"{folder} was trained on other data, {run['configuration']['data']}: give the same --data and --size."
-        )
+    if present is None:
+        return None
+    return present & ~((present.sum(0) == 1) & (present.sum(1, keepdim=True) > 1))
+
+
+def restored(folder: Path, run: Mapping[str, Any], data: Data) -> nn.Module:
+    """The network that a finished run left in its folder, in eval mode, for data like its own.
+
+    Raises: ValueError: no weights, or of another network.
+    """
+    weights = folder / "model.safetensors"
     net = build({**run["configuration"], "pretrained": False}, data)
     try:
         net.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} is damaged, or of another network: train again. {error}") from error
-    return net.eval(), run
+    return net.eval()
 
 
 def backbone(name: str, shape: Sequence[int], *, pretrained: bool) -> nn.Module:

@@ -12,7 +12,8 @@ METRICS = {
     "ece": "ECE",
 }
 CONFIGURATION = ("model", "data", "seed", "lr", "epochs", "batch_size", "width", "reduction", "backbones")
-FILES = ("run.json", "model.safetensors", "checkpoint.pt")
+SOURCES = "sources.json"  # where the data was, on this machine; no part of the record
+FILES = ("run.json", "model.safetensors", "checkpoint.pt", SOURCES)
 
 
 def run_folder(output: Path, model: str, seed: int) -> Path:

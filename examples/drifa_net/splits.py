@@ -1,80 +1,87 @@
 """Training, validation and test images of a collection: groups stay together, and no image is in two of them."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from examples.drifa_net.sources import Collection
+from examples.drifa_net.samples import Samples
 
 SPLITS = ("train", "validation", "test")
 TEST_FOLDS = 5  # one of them is for testing
 VALIDATION_FOLDS = 8  # of the rest; one of them is for validation
-THUMBNAIL = 32
 SAME = 2  # of 255: images whose grey thumbnails differ nowhere by more show the same
 
 
-def divide(collection: Collection, seed: int) -> np.ndarray:
+def divide(samples: Samples, seed: int) -> np.ndarray:
     """The split of each image: 0 train, 1 validation, 2 test; the publisher's stays, and gets a validation if it has none."""
-    for number, label in enumerate(collection.classes):
-        places = np.flatnonzero(collection.labels == number)
+    for number, label in enumerate(samples.classes):
+        places = np.flatnonzero(samples.labels == number)
         if len(places) < len(SPLITS):
             raise ValueError(
-                f"{collection.name}: class {label!r} of {collection.source} has but {len(places)} of at least {len(SPLITS)} "
-                f"images ({', '.join(map(collection.where, places)) or 'none'}): add some, or take the class out."
+                f"{samples.name}: class {label!r} of {samples.source} has but {len(places)} of at least {len(SPLITS)} "
+                f"images ({', '.join(map(samples.where, places)) or 'none'}): add some, or take the class out."
             )
-    split = np.zeros(len(collection), np.int64) if collection.split is None else collection.split.astype(np.int64)
-    if collection.split is not None and not {0, 2} <= set(split.tolist()):
-        raise ValueError(f"{collection.name}: the split of {collection.source} needs images of 0 (train) and 2 (test).")
-    if collection.split is None:
-        draw(collection, split, 2, TEST_FOLDS, seed)
+    split = np.zeros(len(samples), np.int64) if samples.split is None else samples.split.astype(np.int64)
+    if samples.split is not None and not {0, 2} <= set(split.tolist()):
+        raise ValueError(f"{samples.name}: the split of {samples.source} needs images of 0 (train) and 2 (test).")
+    if samples.split is None:
+        draw(samples, split, 2, TEST_FOLDS, seed)
     if not (split == 1).any():
-        draw(collection, split, 1, VALIDATION_FOLDS, seed)
+        draw(samples, split, 1, VALIDATION_FOLDS, seed)
     return split
 
 
-def draw(collection: Collection, split: np.ndarray, part: int, folds: int, seed: int) -> None:
+def draw(samples: Samples, split: np.ndarray, part: int, folds: int, seed: int) -> None:
     """Move one of so many stratified folds of the training images to a part: the first with all classes on both sides."""
     training = np.flatnonzero(split == 0)
-    labels = collection.labels[training]
-    groups = None if collection.groups is None else collection.groups[training]
-    everything, grouped = len(collection.classes), groups is not None
+    labels = samples.labels[training]
+    groups = None if samples.groups is None else samples.groups[training]
+    everything, grouped = len(samples.classes), groups is not None
     kind = StratifiedGroupKFold if grouped else StratifiedKFold
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of classes smaller than the number of folds: the loop below looks at them
-            for kept, moved in kind(folds, shuffle=True, random_state=seed).split(training, labels, groups):
-                if len(np.unique(labels[kept])) == everything == len(np.unique(labels[moved])):
-                    split[training[moved]] = part
-                    return
-            reason = "no fold has all classes on both sides"
+            for count in range(folds, folds // 2, -1) if grouped else [folds]:  # few groups may need a larger part
+                for kept, moved in kind(count, shuffle=True, random_state=seed).split(training, labels, groups):
+                    if len(np.unique(labels[kept])) == everything == len(np.unique(labels[moved])):
+                        split[training[moved]] = part
+                        return
+        reason = "no fold has all classes on both sides"
     except ValueError as error:  # scikit-learn's, of fewer images than folds
         reason = str(error)
-    count, fewest = min(zip(np.bincount(labels, minlength=everything), collection.classes, strict=True))
+    count, fewest = min(zip(np.bincount(labels, minlength=everything), samples.classes, strict=True))
     raise ValueError(
-        f"{collection.name}: {collection.source} cannot give one of {folds} parts to {SPLITS[part]} ({reason}); its smallest "
+        f"{samples.name}: {samples.source} cannot give one of {folds} parts to {SPLITS[part]} ({reason}); its smallest "
         f"class here, {fewest!r}, has {count} images: add some{' of other groups' if grouped else ''}, or take the class out."
     )
 
 
-def drop_duplicates(collection: Collection, split: np.ndarray) -> dict[str, int]:
-    """Mark as −1 what shows the same as an image of an earlier split, or earlier in its own; their numbers. It decodes all."""
-    thumbnails = np.stack([thumbnail(collection, i) for i in range(len(collection))])
+def drop_duplicates(views: Sequence[tuple[np.ndarray, np.ndarray]], split: np.ndarray) -> dict[str, dict[str, list[int]]]:
+    """Mark as −1 what shows the same as an image of an earlier split, or earlier in its own.
+
+    Args:
+        views: of each branch of images, the samples that have one and their thumbnails `n t`.
+        split: of each sample, 0, 1, 2, or −1 for none; changed.
+
+    Returns: of validation and test, the samples that were dropped for an image in an earlier split ("leaked"), and others.
+    """
     dropped = {}
+    vectors = [(samples, thumbnails.astype(np.float32) - 127.5) for samples, thumbnails in views]
     for part in (1, 2):
-        before, images = np.flatnonzero((split >= 0) & (split < part)), np.flatnonzero(split == part)
-        known = same_as(thumbnails[images], thumbnails[before])
-        known |= same_as(thumbnails[images], thumbnails[images], earlier=True)
-        split[images[known]] = -1
-        dropped[SPLITS[part]] = int(known.sum())
+        leaked, again = np.zeros(len(split), bool), np.zeros(len(split), np.int64)
+        for samples, thumbnails in vectors:
+            parts = split[samples]
+            before, here = np.flatnonzero((parts >= 0) & (parts < part)), np.flatnonzero(parts == part)
+            leaked[samples[here[same_as(thumbnails[here], thumbnails[before])]]] = True
+            again[samples[here[same_as(thumbnails[here], thumbnails[here], earlier=True)]]] += 1
+        again = (again > 0) & (again == len(vectors))  # of samples with several images, all of them
+        split[leaked | again] = -1
+        found = {"leaked": np.flatnonzero(leaked).tolist(), "repeated": np.flatnonzero(again & ~leaked).tolist()}
+        dropped[SPLITS[part]] = found
     return dropped
-
-
-def thumbnail(collection: Collection, i: int) -> np.ndarray:
-    """Image i in small and grey, as a vector."""
-    image = collection.open(i, "L", at_least=2 * THUMBNAIL)
-    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel() - 127.5
 
 
 def same_as(ours: np.ndarray, others: np.ndarray, *, earlier: bool = False) -> np.ndarray:
@@ -91,12 +98,50 @@ def same_as(ours: np.ndarray, others: np.ndarray, *, earlier: bool = False) -> n
     return found
 
 
-def check_classes(collection: Collection, split: np.ndarray) -> None:
-    """Raise a `ValueError` unless each split has images of each class."""
+def drop_groups(groups: np.ndarray, split: np.ndarray) -> list[int]:
+    """Mark as −1 the samples of validation and test whose group is in an earlier split too; their numbers."""
+    first: dict[Any, int] = {}
+    for part in range(len(SPLITS)):
+        for group in set(groups[split == part].tolist()):
+            first.setdefault(group, part)
+    leaked = [
+        i for i, (group, part) in enumerate(zip(groups.tolist(), split.tolist(), strict=True)) if part > first.get(group, 3)
+    ]
+    split[leaked] = -1
+    return leaked
+
+
+def check_leaks(samples: Samples, leaks: dict[str, list[int]], groups: list[int]) -> None:
+    """Raise a `ValueError` that names and counts what a given split has in two parts, if it has anything."""
+    said = []
+    if groups:
+        names = list(dict.fromkeys(str(samples.groups[i]) for i in groups))
+        said.append(f"{len(names)} groups ({len(groups)} samples) in more than one part: {listed(names)}")
+    for part, found in leaks.items():
+        if found:
+            names = [samples.where(i) for i in found]
+            said.append(f"{len(found)} {part} images that show the same as one of an earlier part: {listed(names)}")
+    if said:
+        raise ValueError(f"{samples.name}: its split has {'; '.join(said)}. Mend it, or drop them by --leaks drop.")
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of these."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def check_classes(samples: Samples, split: np.ndarray) -> list[str]:
+    """Raise a `ValueError` unless training has images of each class; what validation or test lacks is said."""
+    notes = []
     for part, key in enumerate(SPLITS):
-        absent = set(range(len(collection.classes))) - set(collection.labels[split == part].tolist())
-        if absent:
-            raise ValueError(
-                f"{collection.name}: the {key} split of {collection.source} has no image of class "
-                f"{collection.classes[min(absent)]!r} once duplicates are dropped: add images, or take the class out."
-            )
+        for task, labels in samples.targets.items():
+            found, classes = set(labels[split == part].tolist()), samples.tasks[task]
+            absent = [label for number, label in enumerate(classes) if number not in found]
+            if absent and (part == 0 or len(absent) == len(classes)):
+                raise ValueError(
+                    f"{samples.name}: the {key} split of {samples.source} has no image of class {absent[0]!r} of {task} once "
+                    "duplicates are dropped: add images, or take the class out."
+                )
+            if absent:
+                notes.append(f"{task}: {key} has no {listed(absent)}: metrics leave out what is absent")
+    return notes

@@ -15,7 +15,6 @@ rest. A finished seed is not trained again.
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,43 +25,42 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from drifa_attn import Fused, TaskLoss
-from examples.drifa_net.data import Data, Pairs, load
-from examples.drifa_net.metrics import scores
-from examples.drifa_net.networks import build, calibrate, groups, named, rehearse
-from examples.drifa_net.options import check, configured, parsed, parser
-from examples.drifa_net.records import read_record, run_folder
+from examples.drifa_net.checkpoints import left, replace
+from examples.drifa_net.data import Data, load
+from examples.drifa_net.inference import metrics, predict
+from examples.drifa_net.logs import log, trackers
+from examples.drifa_net.metrics import absent
+from examples.drifa_net.networks import build, calibrate, groups, named, paired_up, rehearse, scaled
+from examples.drifa_net.options import check, configured, intended, parsed, parser
+from examples.drifa_net.reading import reading
+from examples.drifa_net.records import SOURCES, run_folder
 
 WARMUP = 0.05  # the share of all steps in which the learning rate rises
 PACKAGES = ("torch", "timm", "accelerate", "torchmetrics", "numpy")
-FREE = ("save_every", "workers")  # options that do not touch the result
-CHECKPOINT = ("configuration", "learner", "optimizer", "scaler", "place", "history", "best", "seconds")
 COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-
-Logits = dict[str, tuple[Tensor, Tensor]]  # logits and classes by task
 
 
 class Learner(nn.Module):
     """A network and its loss in one module, so that data-parallel training sees the parameters of both.
 
-    Shape: {branch: images}, {task: classes `b`} -> scalar.
+    Shape: {branch: images or records}, present `b m` or None, {task: classes `b`} -> scalar.
     """
 
     def __init__(self, net: nn.Module, loss: TaskLoss) -> None:
         super().__init__()
         self.net, self.loss = net, loss
 
-    def forward(self, inputs: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], present: Tensor | None, labels: dict[str, Tensor]) -> Tensor:
         """The loss of a batch."""
-        logits = self.net(inputs)
+        logits = self.net(inputs, present)
         return self.loss(logits, labels, self.net.losses() if isinstance(self.net, Fused) else None)
 
 
@@ -74,7 +72,9 @@ class Run:
         self.folder = run_folder(output, configuration["model"], configuration["seed"])
         self.record: dict[str, Any] | None = None  # once the run is finished
         seed_everything(configuration["seed"])
-        loss = TaskLoss(list(data.tasks), "uncertainty" if configuration["losses"] == "uncertainty" else None)
+        kind = "uncertainty" if configuration["losses"] == "uncertainty" else None
+        weights = data.class_weights() if configuration["balance"] == "weights" else None
+        loss = TaskLoss(list(data.tasks), kind, class_weights=weights)
         net = build(configuration, data)
         calibrate(net, data)
         self.learner = Learner(net, loss)
@@ -100,6 +100,9 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Train what is left and test; returns the record."""
         if self.record is None:
+            if self.accelerator.is_main_process:
+                sources = json.dumps({"data": list(self.data.paths)}, indent=1) + "\n"
+                replace(self.folder / SOURCES, lambda path: path.write_text(sources))
             self.train()
             self.record = self.test()
             self.accelerator.wait_for_everyone()
@@ -107,6 +110,9 @@ class Run:
 
     def train(self) -> None:
         """All epochs that are left."""
+        self.trackers = trackers(self.configuration["log"], self.folder)
+        for epoch in self.history:
+            log(self.trackers, epoch)
         epochs = self.configuration["epochs"]
         with Progress(*COLUMNS, console=self.console, disable=not self.accelerator.is_main_process) as progress:
             bar = progress.add_task(self.folder.name, total=epochs * self.steps, completed=self.epoch * self.steps + self.step)
@@ -117,6 +123,9 @@ class Run:
                         self.save()
                 self.close_epoch(progress)
                 self.save()
+                log(self.trackers, self.history[-1])
+        for one in self.trackers:
+            one.finish()
 
     def one_epoch(self) -> Iterator[int]:
         """The steps of this epoch that are left; yields after each."""
@@ -127,11 +136,12 @@ class Run:
         first = accelerator.process_index * share
         batches = [range(step * self.batch + first, step * self.batch + first + share) for step in range(self.step, self.steps)]
         self.parallel.train()
-        for images, targets in DataLoader(self.data.train, batch_sampler=batches, num_workers=configuration["workers"]):
+        for batch in self.data.loader(self.data.train, batches, workers=configuration["workers"]):
             seed_everything(configuration["seed"], self.epoch, self.step, accelerator.process_index)
             for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
                 group["lr"] = share * self.rate()
-            loss = self.parallel(*named(images, targets, self.data, accelerator.device))
+            inputs, present, labels = named(batch, self.data, accelerator.device)
+            loss = self.parallel(inputs, paired_up(present), labels)
             accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -171,7 +181,8 @@ class Run:
     def test(self) -> dict[str, Any]:
         """The run's record, with the metrics of its best weights; both are in its folder afterwards, the checkpoint is not."""
         self.learner.net.load_state_dict(self.best["weights"])
-        found = metrics(predict(self.learner.net, self.data.test, self.data, self.accelerator, self.batch))
+        predictions = predict(self.learner.net, self.data.test, self.data, self.accelerator, self.batch)
+        found = metrics(predictions)
         record = {
             "configuration": self.configuration,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -182,6 +193,7 @@ class Run:
             "best_epoch": self.best["epoch"],
             "stopped_early": len(self.history) < self.configuration["epochs"],
             "test": found,
+            "absent": {task: absent(y, self.data.tasks[task]) for task, (_, y) in predictions.items()},
             "seconds": round(self.seconds + time.monotonic() - self.since, 1),
         }
         if self.accelerator.is_main_process:
@@ -234,39 +246,6 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
-@torch.no_grad()
-def predict(net: nn.Module, pairs: Pairs, data: Data, accelerator: Accelerator, batch: int) -> Logits:
-    """The logits for a split and its classes, in its order, on the CPU of every process; one of them computes each sample's."""
-    net.eval()
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    mine = list(range(rank, len(pairs), processes))
-    parts: list[tuple[list[int], dict[str, Tensor], Tensor]] = []
-    batches = [mine[k : k + batch] for k in range(0, len(mine), batch)]
-    for places, (images, targets) in zip(batches, DataLoader(pairs, batch_sampler=batches), strict=True):
-        with accelerator.autocast():
-            logits = net(named(images, targets, data, accelerator.device)[0])
-        parts.append((places, {task: values.float().cpu() for task, values in logits.items()}, targets))
-    parts = gather_object(parts)
-    order = torch.tensor([place for places, _, _ in parts for place in places]).argsort()
-    targets = torch.cat([targets for _, _, targets in parts])[order]
-    return {
-        task: (torch.cat([logits[task] for _, logits, _ in parts])[order], targets[:, k]) for k, task in enumerate(data.tasks)
-    }
-
-
-def metrics(predictions: Logits) -> dict[str, dict[str, float | int]]:
-    """The metrics of every task."""
-    return {task: scores(logits.double().softmax(1), labels) for task, (logits, labels) in predictions.items()}
-
-
-def replace(path: Path, write: Any) -> None:
-    """Let `write` fill a file beside it, then put that in its place: nobody ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".half")
-    write(half)
-    os.replace(half, path)
-
-
 def device(accelerator: Accelerator) -> dict[str, Any]:
     """What the run ran on."""
     kind = accelerator.device.type
@@ -276,33 +255,6 @@ def device(accelerator: Accelerator) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
     }
-
-
-def left(folder: Path, configuration: Mapping[str, Any]) -> list[Any]:
-    """The record that a run left in its folder, else its checkpoint, else nothing; a `ValueError` if it is another run's."""
-    finished, path = folder / "run.json", folder / "checkpoint.pt"
-    record, state = None, None
-    if finished.exists():
-        record = read_record(finished)
-        check_same(configuration, record["configuration"], finished)
-    elif path.exists():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = {name: state[name] for name in CHECKPOINT}
-        except Exception as error:  # of many kinds, by torch, pickle and zip
-            raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to begin again.") from error
-        check_same(configuration, state["configuration"], path)
-    return [record, state]
-
-
-def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
-    """Raise a `ValueError` with the first difference unless a file belongs to this configuration."""
-    for name, value in configuration.items():
-        if name not in FREE and (name not in other or other[name] != value):
-            raise ValueError(
-                f"{path} is of a run with {name}={other.get(name)!r}, this one has {name}={value!r}: "
-                "give the same options, or another --output."
-            )
 
 
 def shown(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -323,13 +275,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     with whole.explained():
         # Told so, accelerate joins the processes of torchrun on machines without a GPU too.
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
-        data = load(options.data, size=options.size)
+        for seed in options.seeds if accelerator.is_main_process else ():  # before images are read
+            left(run_folder(options.output, options.model, seed), intended(options, seed))
+        with accelerator.local_main_process_first():  # which decodes what the others then find
+            progress = accelerator.is_local_main_process
+            data = load(options.data, **reading(vars(options)), cache=options.cache, progress=progress)
+        data = scaled(data, vars(options))
         check(options, data, accelerator)
         for seed in options.seeds if accelerator.is_main_process else ():
             left(run_folder(options.output, options.model, seed), configured(options, seed, data, accelerator))
     console = Console(highlight=False, quiet=not accelerator.is_main_process)
     records = []
-    console.print(str(data), markup=False)
+    console.print(str(data), markup=False, soft_wrap=True)
     for seed in options.seeds:
         with whole.explained():
             one = Run(configured(options, seed, data, accelerator), data, accelerator, options.output, console)
@@ -337,7 +294,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             rehearse(one.learner.net, data)
         records.append(one.finish())
     console.print(shown(records))
-    console.print(f"Records, weights: {options.output}")
+    for task, names in records[0].get("absent", {}).items():
+        if names:
+            console.print(f"{task}: no test sample is {', '.join(names)}; means over the classes leave it out.", markup=False)
+    console.print(f"Records, weights: {options.output}", soft_wrap=True)
     return records
 
 

@@ -64,9 +64,9 @@ def brain_mri(root):
 
 
 def iq_othnccd(root):
-    """Three classes of 10, 11 and 12 slices, and unlabelled ones."""
+    """Three classes of 60, 62 and 64 slices, and unlabelled ones."""
     seed = 3000
-    for count, name in ((10, "Bengin"), (11, "Malignant"), (12, "Normal"), (1, "Test")):
+    for count, name in ((60, "Bengin"), (62, "Malignant"), (64, "Normal"), (1, "Test")):
         for number in range(count):
             save(picture(seed := seed + 1), root / f"{name} cases" / f"{name} case ({number + 1}).jpg")
 

@@ -12,6 +12,7 @@ import drifa_attn
 from examples.drifa_net import evaluate, figures, train
 from examples.drifa_net.data import load
 from examples.drifa_net.networks import attentions, backbone, restored
+from examples.drifa_net.reading import reloaded
 
 SIZE = ("--size", "8")
 
@@ -28,7 +29,7 @@ def members(tmp_path_factory):
 
 
 def test_ensemble_and_dropout_are_measured_and_drawn(members, tmp_path, capsys):
-    result = evaluate.main([*map(str, members[:2]), *SIZE, "--samples", "3", "--output", str(tmp_path)])
+    result = evaluate.main([*map(str, members[:2]), "--samples", "3", "--output", str(tmp_path)])
     assert "2 members; the paper's ensemble has 5." in capsys.readouterr().out
     assert json.loads((tmp_path / "uncertainty.json").read_text()) == result
     assert (result["members"], result["seeds"], result["samples"]) == (2, [0, 1], 3)
@@ -49,8 +50,9 @@ def test_ensemble_and_dropout_are_measured_and_drawn(members, tmp_path, capsys):
 
 
 def test_ensemble_is_the_mean_of_the_members(members):
-    data = load(size=8)
-    nets = [restored(folder, data)[0] for folder in members[:2]]
+    records, data = zip(*(reloaded(folder, [], None) for folder in members[:2]), strict=True)
+    data = data[0]
+    nets = [restored(folder, record, data) for folder, record in zip(members, records, strict=False)]
     found = evaluate.predictions(nets, data, 100, 2)
     for task in data.tasks:
         mean = torch.stack([one[task][0] for one in found[evaluate.SINGLE]]).mean(0)
@@ -68,12 +70,12 @@ def assert_a_picture(path):
 @pytest.mark.parametrize(
     ("chosen", "options", "message"),
     [
-        ([0], SIZE, "at least two members of different seeds, got seeds [0]"),
-        ([0, 0], SIZE, "at least two members of different seeds, got seeds [0, 0]"),
-        ([0, 2], SIZE, "at least two members of different seeds, got seeds [0, 0]"),
-        ([1, 2], SIZE, "the members differ in model: 'fuse' and 'concat'"),
-        ([0, 1], ("--size", "16"), "was trained on other data"),
-        ([0, None], SIZE, "holds no run.json"),
+        ([0], (), "at least two members of different seeds, got seeds [0]"),
+        ([0, 0], (), "at least two members of different seeds, got seeds [0, 0]"),
+        ([0, 2], (), "at least two members of different seeds, got seeds [0, 0]"),
+        ([1, 2], (), "the members differ in model: 'fuse' and 'concat'"),
+        ([0, 1], ("--data", "."), "was trained on other data, ['digits'], not ['']: give those by --data"),
+        ([0, None], (), "holds no run.json"),
     ],
 )
 def test_wrong_members_are_refused(chosen, options, message, members, tmp_path, capsys):
@@ -86,15 +88,15 @@ def test_wrong_members_are_refused(chosen, options, message, members, tmp_path, 
 
 @pytest.mark.parametrize("k", [0, 2], ids=["fuse", "concat"])
 def test_figures_are_drawn(k, members, tmp_path):
-    paths = figures.main([str(members[k]), *SIZE, "--output", str(tmp_path)])
+    paths = figures.main([str(members[k]), "--output", str(tmp_path)])
     assert [path.name for path in paths] == ["gradcam.png", "features.png", "gates.png"][: 3 if k == 0 else 2]
     for path in paths:
         assert_a_picture(path)
 
 
 def test_gates_of_every_site_are_read(members):
-    data = load(size=8)
-    net, _ = restored(members[0], data)
+    record, data = reloaded(members[0], [], None)
+    net = restored(members[0], record, data)
     found = figures.gates(net, data)
     assert len(found) == 2 * len(attentions(net)) == 2 * len(net.refiners)
     for a, gain in found.values():
@@ -130,3 +132,50 @@ def test_nearest_neighbours_vote_by_hand():
     x = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2], [0.15]])
     y = np.array([0, 0, 0, 1, 1, 1, 1])
     assert figures.vote(x, y, 2) == pytest.approx(100 * (1 + 3 / 4) / 2)
+
+
+class Says(torch.nn.Module):
+    """A network that says of every image the class of its sample, but never a 3 and of every 4 a 5."""
+
+    def forward(self, inputs, present=None):
+        codes = ((inputs["left"].mean((1, 2, 3)) + 1) * 127.5).round().long()
+        return {"digit": torch.nn.functional.one_hot(torch.where((codes == 3) | (codes == 4), 5, codes), 10).float()}
+
+
+def test_classes_without_an_image_are_named(monkeypatch):
+    """Those that are never told right, and those for which there is no room."""
+    data = load(size=8)
+    labels = torch.arange(10).repeat(3)
+    inputs = {name: (labels / 127.5 - 1)[:, None, None, None].expand(-1, 3, 8, 4) for name in data.branches}
+    monkeypatch.setattr(figures, "batches", lambda data: [(inputs, None, {"digit": labels})])
+    found = figures.chosen(Says(), data, "left")
+    assert found.classes.tolist() == [0, 1, 2, 5]
+    assert (found.never, found.more) == ([3, 4], [6, 7, 8, 9])
+    said = figures.heading("left", found, data, "digit").splitlines()
+    assert said == ["left: evidence for digit (black: none)", "never told right: 3, 4", "told right too: 6, 7, 8, 9"]
+
+
+def test_images_of_all_branches_stand_in_rows(members, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    record, data = reloaded(members[0], [], None)
+    figures.draw_gradcam(restored(members[0], record, data), data, tmp_path / "x.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    places = [axes.get_position() for axes in figure.axes]
+    assert len({round(place.y0, 3) for place in places}) == 3
+    assert len({round(place.width, 3) for place in places}) == 1
+    (left, right) = (text for axes in figure.axes for text in axes.texts)
+    assert left.get_window_extent().y0 == pytest.approx(right.get_window_extent().y0)
+
+
+def test_a_heat_map_has_positions_enough_in_small_images():
+    shape = (1, 3, 32, 32)
+    branch = backbone("resnet10t", shape[1:], pretrained=False)
+    examples = {"left": torch.zeros(2, *shape[1:])}
+    net = drifa_attn.fuse({"left": branch}, {"task": 2}, fusion="concat", example_inputs=examples).eval()
+    layer, _ = figures.stage_of(net, "left", torch.zeros(shape))
+    sizes = []
+    layer.register_forward_hook(lambda _, __, output: sizes.append(output.shape[-2:]))
+    net({"left": torch.zeros(shape)})
+    assert sizes[0] >= (7, 7)

@@ -10,7 +10,8 @@ from torch import Generator
 from drifa_attn.fusion.terms import IGNORED
 from examples.drifa_net.augmentation import SHIFT, augment, shift
 from examples.drifa_net.data import IGNORE, Images, Pairs, load
-from examples.drifa_net.sources import Collection
+from examples.drifa_net.sources import Collection, read
+from examples.drifa_net.store import decoded
 from tests._compare import assert_same_bits
 from tests.examples.collections import KINDS, build
 
@@ -20,10 +21,10 @@ def numbered(*counts, seed=0):
     images, labels = [], []
     for count in counts:
         collection = Collection(
-            "grey", None, np.arange(count, dtype=np.uint8)[:, None, None], np.arange(count) % 3, ("a", "b", "c")
+            "grey", None, np.arange(max(count, 1), dtype=np.uint8)[:, None, None], np.arange(max(count, 1)) % 3, ("a", "b", "c")
         )
-        images.append(Images(collection, np.arange(count), (1, 1)))
-        labels.append(collection.labels)
+        images.append(Images(decoded(collection, (1, 1), None), np.arange(count)))
+        labels.append(collection.labels[:count])
     return images, labels
 
 
@@ -117,7 +118,7 @@ def test_labels_that_do_not_fit_are_refused(counts, tasks, paired):
 
 def test_augmentation_is_for_training_alone(folders):
     paths = [folders["ham10000"], folders["iq_othnccd"]]
-    with_it, without = load(paths, size=12), load(paths, size=12, augmentation=False)
+    with_it, without = (load(paths, size=12, pair="chance", augmentation=moved) for moved in (True, False))
     for key in ("validation", "test"):
         for (a, x), (b, y) in zip(getattr(with_it, key), getattr(without, key), strict=True):
             assert_same_bits(torch.stack(a), torch.stack(b))
@@ -128,8 +129,9 @@ def test_augmentation_is_for_training_alone(folders):
     for branch, image in enumerate(images):
         source = without.train.images[branch]
         place = source.chosen[without.train.order[4, branch]]
-        assert_same_bits(image, source.collection.image(place, (12, 12)).float() / 127.5 - 1)
-        assert targets[branch] == source.collection.labels[place]
+        collection = read(paths[branch])
+        assert_same_bits(image, decoded(collection, (12, 12), None).image(place).float() / 127.5 - 1)
+        assert targets[branch] == collection.labels[place]
 
 
 def test_augmentation_follows_seed_epoch_and_item(folders):

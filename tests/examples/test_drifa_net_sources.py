@@ -12,6 +12,7 @@ from PIL import Image
 
 from examples.drifa_net import sources
 from examples.drifa_net.sources import READERS, halves, read
+from examples.drifa_net.store import decoded
 from tests.examples.collections import BRAIN, KINDS, LESIONS, build, picture, write_archive
 
 
@@ -26,7 +27,7 @@ def test_collection_is_told_by_its_folder(kind, tmp_path):
     assert collection.name == kind
     expected = read(root, kind)
     assert list(map(str, collection.images)) == list(map(str, expected.images))
-    assert set(READERS) == {*KINDS, "npz"}
+    assert set(READERS) == {*KINDS, "npz", "folder"}
 
 
 def test_collection_is_found_in_the_folder_it_was_unpacked_to(kind, tmp_path):
@@ -85,8 +86,14 @@ def test_iq_othnccd_is_read(tmp_path):
     starts = {"benign": "Bengin", "malignant": "Malignant", "normal": "Normal"}
     for path, label in zip(collection.images, collection.labels, strict=True):
         assert path.name.startswith(starts[collection.classes[label]])
-    assert np.bincount(collection.labels).tolist() == [10, 11, 12]
-    assert "patients are not known" in collection.notes[0]
+    assert np.bincount(collection.labels).tolist() == [60, 62, 64]
+    assert collection.notes == (
+        "patients are not known: blocks of 10 neighbouring file numbers stay together",
+        "left out: Test cases",
+    )
+    for path, label, block in zip(collection.images, collection.labels, collection.groups, strict=True):
+        number = int(re.search(r"\((\d+)\)", path.name)[1])
+        assert block == f"{collection.classes[label]}/{(number - 1) // 10}"
 
 
 @pytest.mark.parametrize("colour", [True, False])
@@ -103,7 +110,7 @@ def test_archive_round_trip(colour, key, tmp_path):
         assert (array is None) == (name not in arrays)
         assert array is None or np.array_equal(array, arrays[name])
     size = arrays["images"].shape[1:3]
-    image = collection.image(3, size)
+    image = decoded(collection, size, None).image(3)
     pixels = arrays["images"][3] if colour else np.stack([arrays["images"][3]] * 3, -1)
     assert torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1))
     assert (image.dtype, image.is_contiguous()) == (torch.uint8, True)
@@ -114,9 +121,8 @@ def test_image_is_the_file_at_the_size_asked_for(kind, tmp_path):
     with Image.open(collection.images[5]) as file:
         pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         smaller = torch.from_numpy(np.array(file.convert("RGB").resize((10, 14), Image.Resampling.BILINEAR))).permute(2, 0, 1)
-    assert torch.equal(collection.image(5, tuple(pixels.shape[1:])), pixels)
-    assert torch.equal(collection.image(5, (14, 10)), smaller)
-    assert collection.open(5, "L", at_least=16).size[0] >= 16
+    assert torch.equal(decoded(collection, tuple(pixels.shape[1:]), None).image(5), pixels)
+    assert torch.equal(decoded(collection, (14, 10), None).image(5), smaller)
 
 
 def test_halves_are_two_views_of_each_digit():
@@ -150,14 +156,126 @@ def rename(path, name):
     return lambda root: (root / path).rename((root / path).with_name(name))
 
 
+def rewrite_table(name, separator):
+    """HAM10000's table under another name, with other separators."""
+
+    def change(root):
+        with (root / "HAM10000_metadata.csv").open(newline="") as lines:
+            rows = list(csv.reader(lines))
+        (root / "HAM10000_metadata.csv").unlink()
+        with (root / name).open("w", newline="") as lines:
+            csv.writer(lines, delimiter=separator, quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
+
+    return change
+
+
+def move(pattern, place):
+    """Put what a pattern finds where a function of its path, relative to the root, says."""
+
+    def change(root):
+        for path in sorted(root.glob(pattern), reverse=True):
+            target = root / place(path.relative_to(root))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+    return change
+
+
+def hide(root):
+    """What programs leave in folders, with images and tables in it."""
+    deepest = next(path for path in sorted(root.rglob("*.*")) if path.suffix in (".jpg", ".bmp"))
+    for folder in (root / "__MACOSX", deepest.parent / ".ipynb_checkpoints"):
+        folder.mkdir()
+        shutil.copy(deepest, folder / deepest.name)
+    shutil.copy(deepest, deepest.with_name(f"._{deepest.name}"))
+    (root / ".DS_Store").touch()
+    (root / "._HAM10000_metadata.csv").write_bytes(b"\x00\x05\x16\x07")
+
+
+SHIPPED = {
+    "ham10000": {
+        "a table with tabs": rewrite_table("HAM10000_metadata.tab", "\t"),
+        "a table without an ending": rewrite_table("HAM10000_metadata", ","),
+        "a table in lower case": rewrite_table("ham10000_metadata.csv", ","),
+        "folders one level deeper": move("*_part_?/*.jpg", lambda path: path.parent / path.parent.name / path.name),
+        "folders in lower case": move("*_part_?", lambda path: str(path).lower()),
+        "both parts in one": move("*_part_?/*.jpg", lambda path: f"HAM10000_images_part_1/{path.name}"),
+        "JPG": move("*_part_?/*.jpg", lambda path: path.with_suffix(".JPG")),
+        "hidden": hide,
+    },
+    "sipakmed": {
+        "cropped": move("*/*/CROPPED", lambda path: path.with_name("cropped")),
+        "no inner folder": move("*/*/CROPPED", lambda path: f"{path.parts[0]}/CROPPED"),
+        "BMP": move("*/*/CROPPED/*.bmp", lambda path: path.with_suffix(".BMP")),
+        "hidden": hide,
+    },
+    "brain_mri": {
+        "lower case": move("*ing", lambda path: str(path).lower()),
+        "train and test": move("*ing", lambda path: str(path).lower().removesuffix("ing")),
+        "classes in capitals": move("*/*", lambda path: path.with_name(path.name.title())),
+        "hidden": hide,
+    },
+    "iq_othnccd": {
+        "benign": move("Bengin cases", lambda path: "Benign cases"),
+        "lower case": move("* cases", lambda path: str(path).lower()),
+        "no test cases": remove("Test cases"),
+        "JPEG": move("*/*.jpg", lambda path: path.with_suffix(".JPEG")),
+        "hidden": hide,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(kind, change) for kind, changes in SHIPPED.items() for change in changes.values()],
+    ids=[f"{kind}: {name}" for kind, changes in SHIPPED.items() for name in changes],
+)
+def test_what_publishers_ship_and_unpacking_makes_of_it_is_read(kind, change, tmp_path):
+    plain, root = read(build(kind, tmp_path / "plain")), build(kind, tmp_path / "changed")
+    change(root)
+    found = read(root)
+    assert (found.name, found.classes) == (kind, plain.classes)
+    expected, got = (
+        {path.stem: (label, group) for path, label, group in zip(one.images, one.labels, groups_of(one), strict=True)}
+        for one in (plain, found)
+    )
+    assert got == expected
+    assert len(found) == len(plain)
+
+
+def groups_of(collection):
+    return range(len(collection)) if collection.groups is None else collection.groups
+
+
+def test_cells_of_another_format_are_read(tmp_path):
+    root = build("sipakmed", tmp_path)
+    for path in list(root.glob("*/*/CROPPED/*.bmp")):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".png"))
+        path.unlink()
+    assert len(read(root)) == 2 * 8 * 2
+
+
+def test_a_slice_without_a_number_is_refused(tmp_path):
+    root = build("iq_othnccd", tmp_path)
+    picture(0).save(root / "Normal cases" / "another.jpg")
+    with pytest.raises(ValueError, match=r"another\.jpg has no number in its name, so its neighbours are unknown"):
+        read(root)
+
+
 MISSING, WRONG = FileNotFoundError, ValueError
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "error", "message"),
     [
-        ("ham10000", remove("*.csv"), MISSING, r"HAM10000_metadata\.csv is missing: download"),
-        ("ham10000", remove("*_part_2"), MISSING, r"18 of 36 images of .* are not in .*part_\*/, the first ISIC_0000001\.jpg"),
+        ("ham10000", remove("*.csv"), MISSING, r"HAM10000_metadata \(\.csv, \.tab or neither\) is missing: download"),
+        (
+            "ham10000",
+            remove("*_part_2"),
+            MISSING,
+            r"18 of 36 images of .* are not in any folder of .*, the first ISIC_0000001\.jpg",
+        ),
         ("ham10000", edit_table("lesion_id", "lesion"), WRONG, "needs the columns lesion_id, image_id, dx, got lesion, image"),
         ("ham10000", edit_table("(?s).*", ""), WRONG, "needs the columns .*, got none"),
         ("ham10000", edit_table(r"(ISIC_\d+),\w+", r"\1,"), WRONG, r"line 2 of .*HAM10000_metadata\.csv has no dx"),
@@ -195,25 +313,24 @@ def test_wrong_path_names_what_is_wrong(tmp_path):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"only\.txt is no folder: sipakmed is read"):
         read(tmp_path / "only.txt", "sipakmed")
-    with pytest.raises(ValueError, match=r"kind to be one of ham10000, .*, npz, got 'isic'"):
+    with pytest.raises(ValueError, match=r"kind to be one of ham10000, .*, folder, got 'isic'"):
         read(tmp_path, "isic")
     with pytest.raises(ValueError, match="at least two classes, got none"):
         read(tmp_path, "sipakmed")
     build("ham10000", tmp_path)
     build("sipakmed", tmp_path)
-    with pytest.raises(ValueError, match="looks like ham10000 and sipakmed: name its kind"):
+    with pytest.raises(ValueError, match="looks like ham10000 and sipakmed: give the folder of one of them"):
         read(tmp_path)
     assert read(tmp_path, "sipakmed").name == "sipakmed"
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", picture(0, "whole")[:400]], ids=["empty", "text", "half"])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_unreadable_image_is_named(content, mode, tmp_path):
+def test_unreadable_image_is_named(content, tmp_path):
     collection = read(build("brain_mri", tmp_path))
     collection.images[3].write_bytes(content)
     path = re.escape(str(collection.images[3]))
     with pytest.raises(ValueError, match=rf"{path} is no readable image \(.*\): unpack it again"):
-        collection.open(3, mode, at_least=8)
+        collection.open(3)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Training is one command that can be killed, repeated and shared by processes, and says what was wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,10 +23,12 @@ import drifa_attn
 from drifa_attn import TaskLoss
 from examples.drifa_net import train
 from examples.drifa_net.data import IGNORE, load
-from examples.drifa_net.metrics import abstention, reliability, risk_coverage, scores
-from examples.drifa_net.networks import attentions, build, restored
+from examples.drifa_net.metrics import absent, abstention, reliability, risk_coverage, scores
+from examples.drifa_net.networks import attentions, build, restored, scaled
+from examples.drifa_net.records import read_record
 from tests._compare import assert_same_bits, assert_same_math
 from tests.examples.collections import write_archive
+from tests.examples.own_data import write_table
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +47,13 @@ def archives(folder):
     """The options for two small collections of 40 and 30 training images: five steps of eight."""
     for name, count, seed in (("skin", 80, 1), ("cells", 60, 2)):
         write_archive(folder / f"{name}.npz", count=count, split=True, size=(8, 8), seed=seed)
-    return "--data", str(folder / "skin.npz"), str(folder / "cells.npz"), "--batch-size", "8"
+    return "--data", str(folder / "skin.npz"), str(folder / "cells.npz"), "--pair", "chance", "--batch-size", "8"
 
 
 def launched(code, *arguments, module=()):
     """A process of its own, at the repository's root, that runs this code with these arguments."""
     command = [sys.executable, *module, code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**train.os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def lasting(record):
@@ -70,18 +74,28 @@ train.main(sys.argv[1:])
 """
 
 
-def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_bits(tmp_path):
-    options = (*archives(tmp_path), "--width", "4", "--losses", "uncertainty", "--epochs", "2", "--save-every", "2")
+def table(folder):
+    """The options for a table with absent images and records: five steps of ten, classes drawn as often."""
+    path, kind = write_table(folder / "own", 75), ("--size", "8", "--batch-size", "10", "--balance", "sampling")
+    return "--data", str(path), *kind, "--cache", str(folder / "cache"), *FUSE
+
+
+@pytest.mark.parametrize(
+    ("given", "model"), [(archives, ("--width", "4")), (table, ("--log", "csv"))], ids=["archives", "table"]
+)
+def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_bits(given, model, tmp_path):
+    options = (*given(tmp_path), *model, "--losses", "uncertainty", "--epochs", "2", "--save-every", "2")
     died = launched(KILLED, *options, "--output", tmp_path / "killed", module=("-c",))
-    folder = tmp_path / "killed" / "drifa_net-seed0"
+    (folder,) = (tmp_path / "killed").iterdir()
+    logs = ["log.csv"] if "--log" in model else []
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", *logs, "sources.json"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["place"][:2] == (1, 2)
     (resumed,) = train.main([*options, "--output", str(tmp_path / "killed")])
     (whole,) = train.main([*options, "--output", str(tmp_path / "whole")])
     assert lasting(resumed) == lasting(whole)
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "run.json"]
-    weights, others = (load_file(tmp_path / one / "drifa_net-seed0" / "model.safetensors") for one in ("killed", "whole"))
+    assert sorted(path.name for path in folder.iterdir()) == [*logs, "model.safetensors", "run.json", "sources.json"]
+    weights, others = (load_file(tmp_path / one / folder.name / "model.safetensors") for one in ("killed", "whole"))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
         assert_same_math(tensor.float(), others[name].float())
@@ -139,7 +153,9 @@ def test_two_processes_train_as_one_and_count_every_image_once(tmp_path, monkeyp
     for task, values in one["test"].items():
         assert two["test"][task] == pytest.approx(values, abs=5e-3)
     data = load(size=8)
-    net, record = restored(tmp_path / "two" / "drifa_net-seed0", data)
+    folder = tmp_path / "two" / "drifa_net-seed0"
+    record = read_record(folder / "run.json")
+    net = restored(folder, record, data)
     found = train.metrics(train.predict(net, data.test, data, Accelerator(cpu=True), 64))
     for task, values in record["test"].items():
         assert values["samples"] == len(data.test) == 360
@@ -170,15 +186,16 @@ def test_every_model_learns_and_leaves_a_record_and_its_weights(options, tmp_pat
     assert record["history"][-1]["loss"] < record["history"][0]["loss"] or epochs == "1"
     assert record["configuration"]["precision"] == ("bf16" if "bf16" in options else "no")
     data = load(size=8)
-    net, _ = restored(folder, data)
+    data = scaled(data, record["configuration"])
+    net = restored(folder, record, data)
     assert bool(attentions(net)) == refined
     assert sum(parameter.numel() for parameter in net.parameters()) == record["parameters"]
     found = train.metrics(train.predict(net, data.test, data, Accelerator(cpu=True), 64))
     if "bf16" not in options:
         assert record["test"] == {task: pytest.approx(values, abs=1e-6) for task, values in found.items()}
     with drifa_attn.disabled(net) if refined else nullcontext():
-        off = net(train.named(*batch(data), data, torch.device("cpu"))[0])
-    on = net(train.named(*batch(data), data, torch.device("cpu"))[0])
+        off = net(*train.named(batch(data), data, torch.device("cpu"))[:2])
+    on = net(*train.named(batch(data), data, torch.device("cpu"))[:2])
     assert all(torch.equal(off[task], on[task]) != refined for task in data.tasks)
 
 
@@ -192,16 +209,14 @@ RECORD = {
     "best_epoch",
     "stopped_early",
     "test",
+    "absent",
     "seconds",
 }
 
 
 def batch(data, count=6):
     """The first few test images as a loader gives them."""
-    items = [data.test[i] for i in range(count)]
-    return [torch.stack(images) for images in zip(*(images for images, _ in items), strict=True)], torch.stack(
-        [targets for _, targets in items]
-    )
+    return next(iter(data.loader(data.test, count)))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
@@ -257,6 +272,7 @@ def test_other_options_do_not_go_on_with_a_run(tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.main([*options, "--save-every", "5"])
     assert (tmp_path / "fuse-seed0" / "checkpoint.pt").exists()
+    monkeypatch.setattr(train, "load", None)  # it is told before images are read
     with pytest.raises(SystemExit, match="2"):
         train.main([*options, "--lr", "0.5"])
     assert re.search(r"is of a run with lr=0.002, this one has lr=0.5: give the same", capsys.readouterr().err)
@@ -304,6 +320,32 @@ def test_scores_are_scikit_learns():
     assert found["ece"] == pytest.approx(gaps.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("shown", "said"), [([0, 2], [0, 2]), ([0, 2, 3], [0, 1, 2]), ([1, 3], [0, 1, 2, 3])])
+def test_scores_leave_out_what_is_absent_as_scikit_learn_does(shown, said):
+    """Classes that no label has: not 0 in a mean; macro-F1 counts them where they are predicted."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.tensor(shown)[torch.randint(len(shown), (60,), generator=draw)]
+    logits = torch.randn(60, 4, generator=draw)
+    logits[:, [k for k in range(4) if k not in said]] = -9  # what is never predicted
+    probs = logits.softmax(1).double()
+    found, y, guess = scores(probs, labels), labels.numpy(), probs.argmax(1).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that labels lack a prediction
+        assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, guess))
+    assert found["macro_f1"] == pytest.approx(f1_score(y, guess, average="macro"))
+    expected = [roc_auc_score(y == k, probs[:, k].numpy()) for k in shown]
+    assert found["auroc"] == pytest.approx(np.mean(expected))
+    assert absent(labels, "abcd") == [name for k, name in enumerate("abcd") if k not in shown]
+
+
+def test_scores_of_one_class_or_nothing():
+    probs = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    found = scores(probs, torch.tensor([0, 0]))
+    assert (found["balanced_accuracy"], np.isnan(found["auroc"])) == (0.5, True)
+    with pytest.raises(ValueError, match="at least one sample with a label, got none"):
+        scores(probs, torch.tensor([IGNORE, IGNORE]))
+
+
 def test_risk_coverage_by_hand():
     """Four samples, the third wrong; from the most to the least certain they are 1, 3, 0, 2 (counted from 0)."""
     probs = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.8, 0.2], [0.7, 0.3]]).double()
@@ -323,7 +365,7 @@ def test_the_losses_of_a_fusion_are_learned_too():
     data = load(size=8)
     torch.manual_seed(0)
     net = build({"model": "fuse", "fusion": "gloria", "backbones": ["test_resnet"], "pretrained": False}, data).train()
-    given = train.named(*batch(data), data, torch.device("cpu"))
+    given = train.named(batch(data), data, torch.device("cpu"))
     found = []
     for kind in (TaskLoss, Nothing):
         torch.manual_seed(0)

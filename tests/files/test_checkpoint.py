@@ -303,3 +303,26 @@ def test_attention_takes_device_and_mode_of_its_network():
     model.double().train()
     assert {p.dtype for p in attention_parameters(model)} == {torch.float64}
     assert all(hook.attention.training for hook in refinements(model))
+
+
+class Versioned(nn.Conv2d):
+    """Loads only a state that says which version it is of, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_modules_that_ask_for_their_version_get_it(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(Versioned(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 2))
+
+    x = torch.randn(2, 3, 16, 16)
+    net = wrap(network(), at=["1", "3"], example_input=x).eval()
+    strengthen_(net)
+    save_attention(net, tmp_path / "attention.safetensors")
+    assert_same_bits(load_attention(network().eval(), tmp_path / "attention.safetensors", example_input=x)(x), net(x))

@@ -1,10 +1,13 @@
 """Which copy of a network runs: without memory, or a small real one; with its hooks, or without."""
 
+import copy
 import threading
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import drifa_attn
@@ -169,3 +172,47 @@ def test_dataclasses_go_in_and_come_out():
     for parameter in drifa_attn.attention_parameters(net):
         nn.init.constant_(parameter, 0.3)
     assert not torch.equal(net(given).logits, before.logits)
+
+
+class Detector(nn.Module):
+    """Takes a list of images of any size, and needs the values of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, padding=1)
+
+    def forward(self, images):
+        largest = int(max(float(image.shape[-1]) + 0 * image.max().item() for image in images))
+        batch = torch.stack([F.pad(image, (0, largest - image.shape[-1])) for image in images])
+        return [{"scores": row} for row in self.second(self.first(batch).relu()).relu().mean((2, 3))]
+
+
+def test_a_list_of_images_has_a_sample_an_entry():
+    images = [torch.rand(3, 16, 16), torch.rand(3, 16, 12)]
+    plan = drifa_attn.plan(Detector(), example_input=(images,))
+    assert [site.name for site in plan.sites] == ["first", "second"]
+    net = Detector()
+    expected = [row["scores"] for row in net(images)]
+    drifa_attn.wrap(net, example_input=(images,))
+    assert all(torch.equal(row["scores"], e) for row, e in zip(net(images), expected, strict=True))
+
+
+def test_a_module_that_forgets_in_a_copy_carries_nothing():
+    """The layers of einops are built anew from their pattern."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2, padding=1), nn.ReLU(), Rearrange("b c h w -> b c w h")),
+        nn.Conv2d(8, 4, 3, 2, padding=1),
+        nn.Flatten(),
+        nn.LazyLinear(2),
+    ).eval()
+    x = torch.randn(2, 3, 16, 16)
+    net(x)
+    drifa_attn.wrap(net, at=["0", "1"], example_input=x)
+    for parameter in drifa_attn.attention_parameters(net):
+        nn.init.normal_(parameter)
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(x), net(x))
+    assert len(drifa_attn.gates(twin, x)) == 2
+    with pytest.raises(ValueError, match="a copy of the module would forget"):
+        drifa_attn.wrap(copy.deepcopy(drifa_attn.unwrap(net)), at=["0.2"], example_input=x)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import drifa_attn
 from drifa_attn.network.features import feature as feature_of
 from drifa_attn.network.features import leftovers
 from drifa_attn.network.inputs import default_shapes, resized
@@ -134,6 +135,18 @@ def test_prefix_tokens_are_those_beyond_the_grid(prefix, patch, shape):
     )
     site = feature(net, shape)
     assert (site.layout, site.num_prefix_tokens, site.channels) == (TOKENS, prefix, 8)
+
+
+def test_a_sentence_beside_an_image_has_no_prefix_tokens():
+    """It stays as long when the image grows, even where the lengths would fit."""
+    net = Net(
+        lambda net, x, words: net.text(net.table(words)).mean(1) + net.patch(x).mean((2, 3)),
+        patch=nn.Conv2d(3, 8, 2, 2),
+        table=nn.Embedding(9, 8),
+        text=nn.Linear(8, 8),
+    )
+    plan = drifa_attn.plan(net, at=["text"], example_input=(torch.randn(2, 3, 4, 4), torch.zeros(2, 6, dtype=torch.long)))
+    assert [(site.layout, site.num_prefix_tokens) for site in plan.sites] == [(TOKENS, 0)]
 
 
 def test_leftovers_are_small_and_never_negative():

@@ -73,8 +73,8 @@ def detectors() -> Iterator[Case]:
             detection.fasterrcnn_mobilenet_v3_large_320_fpn, weights=None, weights_backbone=None, **SMALL, **FEW
         ),
         "MaskRCNN, resnet18": partial(pyramid, detection.MaskRCNN, **FEW),
-        "RetinaNet, resnet18": partial(pyramid, detection.RetinaNet, detections_per_img=5),
-        "FCOS, resnet18": partial(pyramid, detection.FCOS, detections_per_img=5),
+        "RetinaNet, resnet18": partial(pyramid, detection.RetinaNet, detections_per_img=5, score_thresh=0.0),
+        "FCOS, resnet18": partial(pyramid, detection.FCOS, detections_per_img=5, score_thresh=0.0),
         "ssdlite320_mobilenet_v3_large": partial(
             detection.ssdlite320_mobilenet_v3_large, weights=None, weights_backbone=None, num_classes=5, detections_per_img=5
         ),

@@ -1,4 +1,4 @@
-"""Four public collections of medical images in the form their publishers ship them, archives, and scikit-learn's digits.
+"""Images of one's own, four public collections in the form their publishers ship them, and scikit-learn's digits.
 
 Each kind, what it is, where to get it, its licence as far as known (what the page says counts), and what its folder holds:
 
@@ -12,7 +12,8 @@ Each kind, what it is, where to get it, its licence as far as known (what the pa
   `Bengin cases/`, `Malignant cases/`, `Normal cases/`.
 - `npz`: an archive of one's own: `images` (n, h, w) or (n, h, w, 3) of uint8, `labels` (n), `classes`, and perhaps `split` (n;
   0 train, 1 validation, 2 test) and `lesion_id`, `slide` or `group` (n), whose images stay together. Slides are numbered
-  within their class, as SIPaKMeD's are.
+  within their class, as SIPaKMeD's are. `sample` (n) names each sample, so that archives of the same samples are paired.
+- `folder`: images of one's own, a folder a class, perhaps within folders `train`, `val` and `test`; or images without classes.
 
 Nothing is downloaded: read each one's conditions before use. The folder may be the one an archive unpacked to, with the
 collection inside as its only folder. HAM10000's images are grouped by lesion, SIPaKMeD's by slide. The other two say nothing of
@@ -25,11 +26,11 @@ To add a collection: a file with `read(root)` and `marks(root)`, which tells the
 from pathlib import Path
 from types import ModuleType
 
-from examples.drifa_net.sources import brain_mri, ham10000, iq_othnccd, npz, sipakmed
-from examples.drifa_net.sources.collection import Collection
+from examples.drifa_net.sources import brain_mri, folder, ham10000, iq_othnccd, npz, sipakmed
+from examples.drifa_net.sources.collection import SUFFIXES, UNLABELLED, VOLUMES, Collection, pictures_below, visible
 from examples.drifa_net.sources.digits import halves
 
-__all__ = ["READERS", "Collection", "halves", "read"]
+__all__ = ["READERS", "UNLABELLED", "Collection", "halves", "read"]
 
 READERS: dict[str, ModuleType] = {
     "ham10000": ham10000,
@@ -37,6 +38,7 @@ READERS: dict[str, ModuleType] = {
     "brain_mri": brain_mri,
     "iq_othnccd": iq_othnccd,
     "npz": npz,
+    "folder": folder,
 }
 MARKED = [kind for kind, reader in READERS.items() if hasattr(reader, "marks")]
 
@@ -60,18 +62,30 @@ def read(path: str | Path, kind: str | None = None) -> Collection:
     if not path.is_dir():
         raise ValueError(f"{path} is no folder: {kind} is read from the folder its archives unpack to.")
     root, found = path, matching(path)
-    while not found and len(inside := [entry for entry in root.iterdir() if not entry.name.startswith(".")]) == 1:
-        if not (root := inside[0]).is_dir():
-            break
+    while not found and len(inside := visible(root)) == 1 and inside[0].is_dir():
+        root = inside[0]
         found = matching(root)
-    if kind is None and len(found) != 1:
-        what = f"looks like {' and '.join(found)}: name its kind" if found else f"holds no collection ({', '.join(MARKED)})"
-        raise ValueError(f"{path} {what}; see the table at the top of examples/drifa_net/sources/__init__.py.")
-    collection = READERS[kind or found[0]].read(root if found else path)
-    if len(collection.classes) < 2:
+    if len(found) > 1 and kind is None:
+        raise ValueError(f"{path} looks like {' and '.join(found)}: give the folder of one of them.")
+    kind = kind or (found[0] if found else "folder")
+    collection = READERS[kind].read(root if found else own(path) if kind == "folder" else path)
+    if len(collection.classes) < 2 and (kind != "folder" or collection.classes):
         got = ", ".join(collection.classes) or "none"
         raise ValueError(f"{collection.name}: {root} needs images of at least two classes, got {got}: unpack the others.")
     return collection
+
+
+def own(root: Path) -> Path:
+    """The folder with class folders in this one, which may be what an archive unpacked to; an error if it has no images."""
+    while len(inside := visible(root)) == 1 and inside[0].is_dir() and any(path.is_dir() for path in visible(inside[0])):
+        root = inside[0]
+    if not pictures_below(root):
+        volumes = [path for path in sorted(root.rglob("*")) if path.name.lower().endswith(VOLUMES)]
+        if volumes:
+            raise ValueError(f"{volumes[0]} is a volume: only images are read. Give slices of it.")
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise ValueError(f"{root} holds no collection ({', '.join(MARKED)}) and no images ({kinds}).")
+    return root
 
 
 def matching(root: Path) -> list[str]:

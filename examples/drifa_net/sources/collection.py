@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from einops import rearrange
 from PIL import Image
-from torch import Tensor
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png"}
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+VOLUMES = (".nii", ".nii.gz", ".dcm")  # what is told, but not read
+UNLABELLED = -100  # the label of an image that has none
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,9 @@ class Collection:
     """Labelled images, decoded when they are asked for.
 
     `images` are paths or an array `n h w` or `n h w 3`, `labels` `n` number `classes`, `groups` `n` are what must stay in one
-    split, `split` `n` is 0, 1 or 2 where the publisher has drawn one, `notes` say what a reader should know.
+    split, `split` `n` is 0, 1 or 2 where the publisher has drawn one, `notes` say what a reader should know, `names` `n` name
+    the samples in an archive, and `turns` says whether the pictures have no up and no left, so that flips and quarter turns
+    show what might have been.
     """
 
     name: str
@@ -30,6 +31,18 @@ class Collection:
     groups: np.ndarray | None = None
     split: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    names: np.ndarray | None = None
+    turns: bool = False
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        """What names each sample: an archive's own names, else the stems of files, with their folder where they need it."""
+        if isinstance(self.images, np.ndarray):
+            return self.names
+        stems = [path.stem for path in self.images]
+        if len(set(stems)) == len(stems):
+            return np.array(stems, object)
+        return np.array([f"{path.parent.name}/{path.stem}" for path in self.images], object)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,27 +51,28 @@ class Collection:
         """The place of image i, as an error names it."""
         return str(self.images[i]) if not isinstance(self.images, np.ndarray) else f"image {i} of {self.source or self.name}"
 
-    def open(self, i: int, mode: str, at_least: int | None = None) -> Image.Image:
-        """Image i, fully decoded in a mode ("RGB", "L"); a JPEG may come at a fraction of its size, `at_least` so large."""
+    def open(self, i: int, at_least: int | None = None) -> Image.Image:
+        """Image i, fully decoded, in colours; a JPEG may come at a fraction of its size, `at_least` so large."""
         if isinstance(self.images, np.ndarray):
-            return Image.fromarray(self.images[i]).convert(mode)
+            return Image.fromarray(self.images[i]).convert("RGB")
         try:
             with Image.open(self.images[i]) as image:
                 if at_least:
-                    image.draft(mode, (at_least, at_least))
-                return image.convert(mode)
+                    image.draft("RGB", (at_least, at_least))
+                return in_colours(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
                 f"{self.where(i)} is no readable image ({error}): unpack it again, or delete it and its line in a table."
             ) from error
 
-    def image(self, i: int, size: tuple[int, int]) -> Tensor:
-        """Image i as `3 h w` uint8."""
-        height, width = size
-        image = self.open(i, "RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)  # smoothed where it shrinks
-        return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").contiguous()
+
+def in_colours(image: Image.Image) -> Image.Image:
+    """An image in three channels of 8 bits; one of more bits is stretched from its lowest to its highest value."""
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        low, high = values.min(), values.max()
+        image = Image.fromarray(np.round(255 * (values - low) / ((high - low) or 1)).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def by_class(name: str, root: Path, files: dict[str, list[Path]], **options: Any) -> Collection:
@@ -72,6 +86,19 @@ def by_class(name: str, root: Path, files: dict[str, list[Path]], **options: Any
     return Collection(name, root, sum(files.values(), []), labels, tuple(files), **options)
 
 
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, in order, without what programs hide there."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+
+
 def pictures(folder: Path) -> list[Path]:
     """The image files of a folder, in order."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The image files of a folder and of all folders in it, in order."""
+    found = pictures(folder)
+    for inner in visible(folder):
+        found += pictures_below(inner) if inner.is_dir() else []
+    return sorted(found)

@@ -45,4 +45,7 @@ def read(path: Path) -> Collection:
         groups = np.array([f"{classes[label]}/{slide}" for label, slide in zip(labels, groups, strict=True)])
     if split is not None:
         need(split.shape == labels.shape and set(np.unique(split)) <= {0, 1, 2}, "needs split 0, 1 or 2 for each image")
-    return Collection(path.stem, path, images, labels.astype(np.int64), names, groups, split)
+    samples = arrays.get("sample")
+    need(samples is None or samples.shape == labels.shape, "needs one 'sample' an image")
+    samples = None if samples is None else samples.astype(str)
+    return Collection(path.stem, path, images, labels.astype(np.int64), names, groups, split, names=samples)
