@@ -15,7 +15,7 @@ from drifa_attn.network.survey import survey
 from .inject import STEPS, Refinement, Slot
 from .masking import MaskFrom, fitting
 from .selection import WAYS, At, check_at, checked_layouts, matching, placed_at
-from .table import plan_text
+from .table import plan_html, plan_text
 
 Attention = str | Callable[..., nn.Module]
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -31,7 +31,7 @@ class PlannedSite(Slot):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where attention goes in a network and what it costs; `print` shows it as a table.
+    """Where attention goes in a network and what it costs; `print` and notebooks show it as a table.
 
     Attributes:
         network: the class of the network.
@@ -54,6 +54,10 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return plan_html(self)
 
 
 def plan(

@@ -1,6 +1,7 @@
-"""The plan of attention as a table of plain text."""
+"""The plan of attention as a table, of plain text or of HTML."""
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 
@@ -37,6 +38,16 @@ def plan_text(plan: Any) -> str:
     """What `print(plan)` shows."""
     title, header, rows, notes = plan_parts(plan)
     return "\n".join([title, *table(header, rows, left=3), *notes])
+
+
+def plan_html(plan: Any) -> str:
+    """What a notebook shows of a plan."""
+    title, header, rows, notes = plan_parts(plan)
+    names = "".join(f"<th>{escape(name)}</th>" for name in header)
+    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    below = "<br>".join(map(escape, notes))
+    return f"<p>{escape(title)}</p><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table><p>{below}</p>"
 
 
 def plan_parts(plan: Any) -> tuple[str, Sequence[str], list[Sequence[str]], list[str]]:

@@ -43,7 +43,17 @@ def wrap(
     The weights of the attention are random, and drawing them moves no global random state, of the CPU or of a device: a wrapped
     and an unwrapped run see the same shuffles.
 
-    Args: as `plan`, and
+    Args: in full at `plan`; in short:
+        model: any network: timm's, torchvision's, your own.
+        at: "stage", "block", "conv", a regex for whole module names, a list of names, or a predicate `(name, module) -> bool`.
+        attention: "mfa", a name of timm ("se", "eca", "cbam", ...), or a callable (channels, **options) -> module.
+        attention_options: what another attention than "mfa" takes.
+        variant: "paper" puts MFA where the paper's block, RRA, has it; it sets `at`, `reduction` and `init` itself.
+        reduction: of "mfa": it works at the width `max(channels // reduction, 8)`; None is the paper's full width.
+        init: of "mfa": "identity", which changes no bit until training, or "paper".
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments; None tries its own size, then 224.
+        layouts: {module name: "b c ..." or "b ... c"} where the layout cannot be told.
+        mask_from: of "mfa": (args, kwargs) of the network's forward -> a mask `b n`, True where a position is real, or None.
         generator: what the weights follow. None: the global random state as it is, which `torch.manual_seed` sets, and the
             network's own weights with it, so that two networks start with two attentions. Copies of one network that are
             wrapped in one state start alike: as members of an ensemble they want a generator.

@@ -1,6 +1,9 @@
+import re
 import threading
 from collections import Counter
+from dataclasses import replace
 from functools import partial
+from html import escape
 
 import pytest
 import timm
@@ -176,6 +179,18 @@ def test_numbers_are_written_for_people():
     written = [count(n) for n in (0, 999, 1000, 25_557_032, 4.1e9, 2.5e12)]
     assert written == ["0", "999", "1.00 k", "25.56 M", "4.10 G", "2.50 T"]
     assert (share(5, 200), share(5, 0)) == ("+2.5 %", "all")
+
+
+def test_a_notebook_shows_what_print_shows():
+    chosen = plan(timm.create_model("test_resnet"), r"layer[12](\.0)?")
+    html = chosen._repr_html_()
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+    title, *lines = str(chosen).splitlines()
+    assert [line.split() for line in lines[: len(rows)]] == [" ".join(row).split() for row in rows]
+    assert f"<p>{escape(title)}</p>" in html
+    assert html.endswith(f"<p>{'<br>'.join(map(escape, lines[len(rows) :]))}</p>")
+    assert chosen.skipped
+    assert "<regex>" not in replace(chosen, at="<regex>")._repr_html_()
 
 
 # What is left out, and why -----------------------------------------------------------------------------------------------
