@@ -7,6 +7,7 @@ from .fusion import Fused, TaskLoss, collate, fuse
 from .uncertainty import RegressionUncertainty, Uncertainty, add_dropout, ensemble, mc_dropout, remove_dropout
 from .wrapping import (
     Plan,
+    Summary,
     attention_parameters,
     calibrate,
     disabled,
@@ -15,6 +16,7 @@ from .wrapping import (
     gates,
     parameter_groups,
     plan,
+    summary,
     unwrap,
     wrap,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "Fused",
     "Plan",
     "RegressionUncertainty",
+    "Summary",
     "TaskLoss",
     "Uncertainty",
     "add_dropout",
@@ -52,6 +55,7 @@ __all__ = [
     "plan",
     "remove_dropout",
     "save_attention",
+    "summary",
     "unwrap",
     "wrap",
 ]

@@ -3,11 +3,13 @@
 from .active import attention_parameters, disabled, gains, gates
 from .calibrate import calibrate
 from .plan import Plan, plan
+from .summary import Summary, summary
 from .training import freeze_backbone, parameter_groups
 from .wrap import unwrap, wrap
 
 __all__ = [
     "Plan",
+    "Summary",
     "attention_parameters",
     "calibrate",
     "disabled",
@@ -16,6 +18,7 @@ __all__ = [
     "gates",
     "parameter_groups",
     "plan",
+    "summary",
     "unwrap",
     "wrap",
 ]
