@@ -1,7 +1,9 @@
 """The networks that read one modality: small ones that are trained, and the second half of a pretrained one that is not."""
 
+import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +42,18 @@ class Branch:
     def build(self) -> nn.Module:
         """A new network; its weights are drawn from torch's random state, or pretrained."""
         if self.kind == "frozen":
-            behind = halves(lite0(0).requires_grad_(False), (CUT,))[1]
-            return Frozen(OrderedDict([("met", nn.Identity()), *behind.named_children()])).eval()
+            return copy.deepcopy(second_half())
         if self.kind == "vector":
             return nn.Sequential(OrderedDict(stage1=dense(self.shape[0]), stage2=dense(WIDTH)))
         first, second = convolution(self.shape[0], WIDTH // 2), convolution(WIDTH // 2, WIDTH)
         return nn.Sequential(OrderedDict(stage1=first, stage2=second))
+
+
+@cache
+def second_half() -> nn.Module:
+    """What lies behind the cut of EfficientNet-Lite0; its input is the first place where others meet it."""
+    behind = halves(lite0(0).requires_grad_(False), (CUT,))[1]
+    return Frozen(OrderedDict([("met", nn.Identity()), *behind.named_children()])).eval()
 
 
 def dense(features: int) -> nn.Module:
