@@ -45,8 +45,8 @@ def flags() -> Parser:
     parser.add_argument("--variants", action="store_true", help=f"these arms too: {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=integer(1), help="of the test (default: 5)")
     parser.add_argument("--choosing", type=integer(1), help="seeds that rates are chosen with (default: 1)")
-    parser.add_argument("--samples", type=integer(1), help="to train on, at most (default: 10,000; of images 1000)")
-    parser.add_argument("--steps", type=integer(1), help="of training (default: 100; of images 150)")
+    parser.add_argument("--samples", type=integer(1), help="to train on, at most (default: all; of images 1000)")
+    parser.add_argument("--steps", type=integer(2), help="of training (default: 100; of images 150)")
     parser.add_argument("--batch", type=integer(2), help="samples of a step (default: 32)")
     parser.add_argument(
         "--rates", nargs="+", type=positive, help="to choose from (default: 0.003 0.01 0.03; of images 0.001 0.003 0.01)"
@@ -82,10 +82,10 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Collection, Prot
     pretrained = any(view.branch.kind == "frozen" for view in collection.views.values())
     usual = QUICK if options.quick else PRETRAINED if pretrained else USUAL
     settings = {name: getattr(options, name) or value for name, value in usual.items()}
-    protocol = Protocol(**settings | {"rates": tuple(settings["rates"])})
+    protocol = Protocol(**settings | {"rates": tuple(dict.fromkeys(settings["rates"]))})
     check(collection, protocol.batch)
     known = arms(collection)
-    names = options.arms or [name for name in known if options.variants or name not in VARIANTS]
+    names = list(dict.fromkeys(options.arms or ())) or [name for name in known if options.variants or name not in VARIANTS]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--arms: {collection.name} has no arm {unknown[0]!r}, only {', '.join(known)}.")
     if CALIBRATED in names and min(len(collection.divide(0)["train"]), protocol.samples) < 16:

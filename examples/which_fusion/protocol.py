@@ -166,10 +166,11 @@ def batches(count: int, protocol: Protocol, seed: int) -> Sequence[Tensor]:
 
 @torch.inference_mode()
 def predicted(net: drifa_attn.Fused, inputs: Inputs, size: int = 256) -> dict[str, Tensor]:
-    """The probabilities of every task, a batch at a time."""
+    """The probabilities of every task, a batch at a time; a network whose training diverged knows nothing."""
     some = range(0, len(next(iter(inputs.values()))), size)
     logits = [net({name: x[i : i + size] for name, x in inputs.items()}) for i in some]
-    return {task: torch.cat([one[task] for one in logits]).softmax(1) for task in net.heads}
+    found = {task: torch.cat([one[task] for one in logits]).softmax(1) for task in net.heads}
+    return {task: torch.where(p.isfinite(), p, 1 / p.shape[1]) for task, p in found.items()}
 
 
 def without(net: drifa_attn.Fused, inputs: Inputs, labels: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

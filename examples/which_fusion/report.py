@@ -111,17 +111,19 @@ def text(name: str, runs: Runs, measured: Mapping[str, Any]) -> str:
     row = next(iter(next(iter(runs.values())).values()))
     protocol, seeds = row["protocol"], min(len(rows) for rows in runs.values())
     parts = ", ".join(f"{part} {count}" for part, count in measured.get("parts", {}).items())
+    trained = min(protocol["samples"], measured.get("parts", {}).get("train", protocol["samples"]))
     classes = ", ".join(f"{task} ({len(names)} classes)" for task, names in measured.get("tasks", {}).items())
     tables = [part for task in tasks_of(runs) for part in (f"## Task {task}", scores_table(runs, task))]
     return "\n\n".join(
         [
             f"# {name}",
             f"{measured.get('what', '')} Tasks: {classes or ', '.join(tasks_of(runs))}. Samples: {parts or 'as in the rows'}.",
-            f"At most {protocol['samples']} training samples, drawn anew by each seed; {protocol['steps']} steps of "
-            f"{protocol['batch']} samples; modality dropout {protocol['modality_dropout']:g}; {seeds} seeds (mean ± standard "
-            "deviation over seeds, in per cent). The rate of each arm is the best of "
+            f"{trained} training samples, drawn anew by each seed; {protocol['steps']} steps of {protocol['batch']} samples; "
+            f"modality dropout {protocol['modality_dropout']:g}; {seeds} seeds (mean ± standard deviation over seeds, in per "
+            "cent). The rate of each arm is the best of "
             f"{', '.join(f'{rate:g}' for rate in protocol['rates'])} on validation samples, with {protocol['choosing']} "
-            f"seed(s) that the test does not use. torch {row['torch']}, {measured.get('threads', 1)} thread(s).",
+            "seed(s) that the test does not use; what refines between the branches gets five times as much. torch "
+            f"{row['torch']}, {measured.get('threads', 1)} thread(s) of a shared machine.",
             f"Arms are sorted by balanced accuracy. Differences to **{BASELINE}** are paired by seed, with bootstrap intervals "
             "of their mean; few seeds make these narrower than they should be.",
             *tables,

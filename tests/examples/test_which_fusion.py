@@ -18,7 +18,7 @@ from examples.which_fusion.__main__ import main
 from examples.which_fusion.arms import VARIANTS, arms, built
 from examples.which_fusion.branches import Branch, first_half
 from examples.which_fusion.data import PARTS, Collection, View, check, divided, read
-from examples.which_fusion.protocol import CHOOSING, ROW, Protocol, best, gathered, once, runs, steps
+from examples.which_fusion.protocol import CHOOSING, ROW, Protocol, best, gathered, once, predicted, runs, steps
 from examples.which_fusion.report import report
 from tests._compare import assert_same_bits
 from tests._process import run
@@ -289,17 +289,25 @@ def test_the_report_counts_what_the_rows_say(tmp_path):
 
 def test_a_quick_run_goes_through_the_command_line_and_goes_on(tmp_path):
     chosen = ["left alone", "concat", "mifa, calibrated"]
-    command = [sys.executable, "-W", "error", "-m", "examples.which_fusion", "--quick", "--steps", "2", "--output", tmp_path]
-    run(*command, "--arms", *chosen, cwd=ROOT)
+    command = [sys.executable, "-W", "error", "-m", "examples.which_fusion"]
+    options = ["--quick", "--steps", "2", "--output", str(tmp_path), "--arms"]
+    run(*command, *options, *chosen, cwd=ROOT)
     rows = (tmp_path / "digits.jsonl").read_text().splitlines()
     assert len(rows) == 3 * 3
     assert {path.name for path in tmp_path.iterdir()} == {f"digits{end}" for end in (".jsonl", "-steps.json", ".md", ".png")}
-    run(*command, "--arms", *chosen, "gloria", cwd=ROOT)
+    main([*options, *chosen, "gloria"])
     again = (tmp_path / "digits.jsonl").read_text().splitlines()
     assert again[:9] == rows
     assert len(again) == 12
     assert list(json.loads((tmp_path / "digits-steps.json").read_text())["arms"]) == [*chosen, "gloria"]
-    run(*command[:5], "--report", "--output", tmp_path, cwd=ROOT)
+
+
+def test_a_network_that_diverged_knows_nothing():
+    toy = collection()
+    net = built(toy, arms(toy)["concat"], 0, 0)
+    torch.nn.init.constant_(net.heads["class"].weight, torch.nan)
+    inputs = {"map": toy.views["map"].values[:, 0], "vector": toy.views["vector"].values[:, 0]}
+    assert (predicted(net.eval(), inputs)["class"] == 1 / 3).all()
 
 
 REFUSED = {
