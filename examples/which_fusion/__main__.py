@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 import drifa_attn
-from examples.arguments import Parser, check_files, integer, output, positive, source
+from examples.arguments import Parser, check_files, integer, output, positive, probability, source
 from examples.rows import Rows
 from examples.steps import followed
 
@@ -30,7 +30,7 @@ from .protocol import ROW, Protocol, runs, steps, total
 from .report import files, report, stored
 
 RESULTS = Path(__file__).parent / "results"
-RUN_ONLY = ("data", "views", "arms", "variants", "seeds", "choosing", "samples", "steps", "batch", "rates")
+RUN_ONLY = ("data", "views", "arms", "variants", "seeds", "choosing", "samples", "steps", "batch", "rates", "modality_dropout")
 USUAL = {"seeds": 5, "choosing": 1, "samples": 10_000, "steps": 100, "batch": 32, "rates": (3e-3, 1e-2, 3e-2)}
 PRETRAINED = USUAL | {"samples": 1000, "steps": 150, "rates": (1e-3, 3e-3, 1e-2)}
 QUICK = {"seeds": 2, "choosing": 1, "samples": 200, "steps": 10, "batch": 32, "rates": (1e-2,)}
@@ -50,6 +50,9 @@ def flags() -> Parser:
     parser.add_argument("--batch", type=integer(2), help="samples of a step (default: 32)")
     parser.add_argument(
         "--rates", nargs="+", type=positive, help="to choose from (default: 0.003 0.01 0.03; of images 0.001 0.003 0.01)"
+    )
+    parser.add_argument(
+        "--modality-dropout", type=probability, default=0.3, help="how often a modality is dropped in training (default: 0.3)"
     )
     parser.add_argument("--output", type=output, help="folder of the rows, the tables and the pictures")
     parser.add_argument("--quick", action="store_true", help="unless given, 1 rate, 2 seeds, 10 steps: no result")
@@ -82,7 +85,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Collection, Prot
     pretrained = any(view.branch.kind == "frozen" for view in collection.views.values())
     usual = QUICK if options.quick else PRETRAINED if pretrained else USUAL
     settings = {name: getattr(options, name) or value for name, value in usual.items()}
-    protocol = Protocol(**settings | {"rates": tuple(dict.fromkeys(settings["rates"]))})
+    settings["rates"] = tuple(dict.fromkeys(settings["rates"]))
+    protocol = Protocol(**settings, modality_dropout=options.modality_dropout)
     check(collection, protocol.batch)
     known = arms(collection)
     names = list(dict.fromkeys(options.arms or ())) or [name for name in known if options.variants or name not in VARIANTS]

@@ -28,11 +28,12 @@ def files(name: str) -> list[str]:
 
 
 def tested(path: Path) -> Runs:
-    """The rows of the test by arm and seed, the arm with the best balanced accuracy first."""
+    """The rows of the test by arm and seed, the arm with the best balanced accuracy first; arms with all their seeds alone."""
     found: Runs = {}
     for row in read_rows(path, ROW, ("samples", "steps", "batch", "rates", "choosing", "modality_dropout")):
         if row["part"] == "test":
             found.setdefault(row["arm"], {})[row["seed"]] = row
+    found = {arm: rows for arm, rows in found.items() if len(rows) >= next(iter(rows.values()))["protocol"]["seeds"]}
     return dict(sorted(found.items(), key=lambda item: -mean(row["balanced_accuracy"] for row in item[1].values())))
 
 
@@ -117,7 +118,7 @@ def text(name: str, runs: Runs, measured: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"# {name}",
-            f"{measured.get('what', '')} Tasks: {classes or ', '.join(tasks_of(runs))}. Samples: {parts or 'as in the rows'}.",
+            f"{measured.get('what', '')} Tasks: {classes or ', '.join(tasks_of(runs))}. Samples: {parts or 'not counted'}.".strip(),
             f"{trained} training samples, drawn anew by each seed; {protocol['steps']} steps of {protocol['batch']} samples; "
             f"modality dropout {protocol['modality_dropout']:g}; {seeds} seeds (mean ± standard deviation over seeds, in per "
             "cent). The rate of each arm is the best of "

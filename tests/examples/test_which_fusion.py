@@ -269,6 +269,7 @@ def test_the_report_counts_what_the_rows_say(tmp_path):
     scores = {"concat": (0.5, 0.6), "mmtm": (0.56, 0.64), "mifa": (0.4, 0.5), "a alone": (0.3, 0.3)}
     rows = [row(arm, seed, score) for arm, some in scores.items() for seed, score in enumerate(some)]
     rows.append(row("mmtm", CHOOSING, 0.99, part="validation"))  # chose a rate; the report does not count it
+    rows.append(row("sum", 0, 0.99))  # has not all its seeds
     (tmp_path / "toy.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     costs = {"concat": {"ms": 2.0, "kept_mb": 4.0}, "mmtm": {"ms": 5.0, "kept_mb": 6.0}}
     about = {"what": "Toys.", "tasks": {"t": ["x", "y"]}, "parts": {"train": 9}, "threads": 1, "arms": costs}
@@ -319,6 +320,7 @@ REFUSED = {
     "a folder": (["--data", "."], "is a folder: the comparison reads npz archives."),
     "too few samples": (["--samples", "12"], "needs 16 --samples"),
     "fewer samples than a batch": (["--samples", "20", "--batch", "30"], "--samples 20 are fewer than the 30 of a --batch."),
+    "no probability": (["--modality-dropout", "1"], "expected a number in [0, 1), got '1'"),
     "no rate": (["--rates", "0"], "expected a number > 0, got '0'"),
 }
 
