@@ -118,7 +118,7 @@ def text(name: str, runs: Runs, measured: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"# {name}",
-            f"{measured.get('what', '')} Tasks: {classes or ', '.join(tasks_of(runs))}. Samples: {parts or 'not counted'}.".strip(),
+            f"{measured.get('what', '')} Tasks: {classes or ', '.join(tasks_of(runs))}. Samples: {parts or '–'}.".strip(),
             f"{trained} training samples, drawn anew by each seed; {protocol['steps']} steps of {protocol['batch']} samples; "
             f"modality dropout {protocol['modality_dropout']:g}; {seeds} seeds (mean ± standard deviation over seeds, in per "
             "cent). The rate of each arm is the best of "
