@@ -167,7 +167,6 @@ def draw_missing(axes: Axes, runs: Runs, task: str) -> None:
         axes.plot(list(found.values()), list(found), mark, color=shade, markersize=6, label=label)
     axes.set_title(f"{task}: what is left without a modality", loc="left", size=11)
     axes.set_xlabel("balanced accuracy, mean of seeds")
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(marks), fontsize=9)
 
 
 def draw(name: str, runs: Runs, path: Path) -> None:
@@ -183,6 +182,8 @@ def draw(name: str, runs: Runs, path: Path) -> None:
             axes.grid(axis="both", color="#dddddd")
             axes.set_axisbelow(True)
             axes.spines[["top", "right", "left"]].set_visible(False)
+    handles, labels = figure.axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower right", ncols=len(labels))
     figure.suptitle(f"{name} (red: MIFA, blue: other fusions, grey: none, violet: variants)", size=13)
     figure.savefig(path, dpi=110)
 
