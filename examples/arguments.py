@@ -58,6 +58,17 @@ def positive(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """A number in [0, 1)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise Refused(f"expected a number in [0, 1), got {text!r}")
+    return value
+
+
 def source(text: str) -> Path:
     """A file or a folder that can be read."""
     path = Path(text)

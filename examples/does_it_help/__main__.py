@@ -18,15 +18,16 @@ from pathlib import Path
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import drifa_attn
 from examples.arguments import Parser, check_files, integer, output, source
+from examples.rows import Rows
+from examples.steps import followed
 
 from .arms import ARMS
 from .data import Collection, check, read
 from .networks import LITE0, SITES, lite0
-from .protocol import Protocol, Rows, runs, steps
+from .protocol import ROW, Protocol, runs, steps
 from .report import files, report, stored
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,7 +89,7 @@ def prepare(options: argparse.Namespace, output: Path) -> tuple[Collection, Prot
     check(collection, protocol.images, protocol.batch)
     check_files(output, files(collection.name))
     stored(output)  # the report will read all of it
-    rows = Rows(output / f"{collection.name}.jsonl", protocol)
+    rows = Rows(output / f"{collection.name}.jsonl", protocol, ROW)
     if protocol.network == LITE0:
         lite0()  # whose weights come in a package
     if not timm.is_model(protocol.network):
@@ -101,17 +102,8 @@ def prepare(options: argparse.Namespace, output: Path) -> tuple[Collection, Prot
 def run(collection: Collection, protocol: Protocol, rows: Rows, arms: list[str], console: Console) -> None:
     """Every run that has no row yet."""
     rows.path.parent.mkdir(parents=True, exist_ok=True)
-    columns = (
-        TextColumn("{task.description:<40}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(collection.name, total=len(arms) * (protocol.seeds + len(protocol.rates)))
-        for description, finished in runs(collection, protocol, arms, rows):
-            progress.update(task, description=description, completed=finished)
+    total = len(arms) * (protocol.seeds + len(protocol.rates))
+    followed(collection.name, runs(collection, protocol, arms, rows), total, console)
     timed = rows.path.with_name(f"{collection.name}-steps.json")
     if not timed.exists():
         console.print("Measuring the time of a step, all arms side by side.")

@@ -3,18 +3,17 @@
 Within a seed all arms see the same training images, in the same order, flipped alike, and start from the same head.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from examples.drifa_net.metrics import scores
+from examples.rows import Row, Rows
+from examples.steps import kept
 
 from .arms import ARMS, adapted, batched, deviations, groups, refined, trained_weights
 from .data import Collection, Part
@@ -23,7 +22,6 @@ from .networks import pretrained
 CHOOSING = 1000  # the seed that rates are chosen with; the seeds of the test are 0, 1, ...
 CALIBRATION = 256  # images
 ROW = ("arm", "seed", "rate", "part", "balanced_accuracy", "macro_f1", "ece", "trained", "kept_mb", "deviations", "torch")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,46 +35,6 @@ class Protocol:
     epochs: int
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     batch: int = 32
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; a `ValueError` with the number of a line that is none, as a run that was killed may leave one."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            for name in ROW:
-                row[name]
-            row["protocol"]["sites"]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}, is no row of a run: delete the line to do that run again.") from error
-        rows.append(row)
-    return rows
-
-
-class Rows:
-    """The finished runs, one line of JSON each; a line is written when its run is finished."""
-
-    def __init__(self, path: Path, protocol: Protocol) -> None:
-        self.path = path
-        self.protocol = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(protocol).items()}
-        self.rows = read_rows(path) if path.exists() else []
-        for row in self.rows:
-            if row["protocol"] | {"seeds": 0} != self.protocol | {"seeds": 0}:
-                raise ValueError(
-                    f"{path} holds rows of another protocol, {row['protocol']}: move it away, or name another output."
-                )
-
-    def find(self, **wanted: Any) -> list[Row]:
-        """The rows with these values."""
-        return [row for row in self.rows if all(row[key] == value for key, value in wanted.items())]
-
-    def add(self, row: Row) -> None:
-        """Write one more row."""
-        row = row | {"protocol": self.protocol}
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def runs(collection: Collection, protocol: Protocol, arms: Sequence[str], rows: Rows) -> Iterator[tuple[str, int]]:
@@ -123,7 +81,7 @@ def once(collection: Collection, protocol: Protocol, name: str, seed: int, rate:
         "part": on,
         **scores(batched(behind, features).softmax(1), held.labels),
         "trained": trained_weights(behind),
-        "kept_mb": kept(behind, inputs.images[: protocol.batch, 0]) / 1e6,
+        "kept_mb": kept(behind, lambda: behind(inputs.images[: protocol.batch, 0])) / 1e6,
         "deviations": deviations(behind, features) if refined(behind) else [],
         "torch": torch.__version__,
     }
@@ -157,22 +115,6 @@ def fit(
             schedule.step()
             seconds.append(time.perf_counter() - start)
     return seconds
-
-
-def kept(model: nn.Module, inputs: Tensor) -> int:
-    """The bytes that a forward pass keeps for the backward pass; memory that is shared counts once, weights do not."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs)
-    return sum(found.values())
 
 
 def steps(collection: Collection, protocol: Protocol, arms: Sequence[str], rounds: int = 8) -> dict[str, float]:

@@ -6,18 +6,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
-from scipy.stats import bootstrap
 
+from examples import paired
+from examples.rows import read_rows
 from examples.tables import markdown, mean_sd
 
 from .arms import ARMS
-from .protocol import read_rows
+from .protocol import ROW
 
-BASELINE, ENOUGH, ATTENDS = "head only", 2, 0.03
+BASELINE, ATTENDS = "head only", 0.03
 # (arm, the arm it is compared with, the question)
 PAIRS = [
     *((arm, BASELINE, "against the head alone") for arm in ARMS if arm != BASELINE),
@@ -40,7 +40,7 @@ def files(name: str) -> list[str]:
 def tested(path: Path) -> Runs:
     """The rows of the test, by arm and seed."""
     found: Runs = {}
-    for row in read_rows(path):
+    for row in read_rows(path, ROW, ("sites",)):
         if row["part"] == "test":
             found.setdefault(row["arm"], {})[row["seed"]] = row
     return {arm: found[arm] for arm in ARMS if arm in found}
@@ -48,14 +48,8 @@ def tested(path: Path) -> Runs:
 
 def difference(runs: Runs, arm: str, other: str) -> tuple[float, float, float] | None:
     """The mean difference in balanced accuracy over seeds that both arms have, in points, and its bootstrap 95 % interval."""
-    seeds = sorted(set(runs.get(arm, {})) & set(runs.get(other, {})))
-    if len(seeds) < ENOUGH:
-        return None
-    gaps = np.array([100 * (runs[arm][s]["balanced_accuracy"] - runs[other][s]["balanced_accuracy"]) for s in seeds])
-    if np.ptp(gaps) == 0:
-        return float(gaps.mean()), float(gaps.mean()), float(gaps.mean())
-    interval = bootstrap((gaps,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return float(gaps.mean()), float(interval.low), float(interval.high)
+    one, two = ({s: 100 * row["balanced_accuracy"] for s, row in runs.get(name, {}).items()} for name in (arm, other))
+    return paired.difference(one, two)
 
 
 def table(runs: Runs, steps: Mapping[str, float]) -> str:
@@ -87,8 +81,8 @@ def pairs(runs: Runs) -> str:
         found = difference(runs, arm, other)
         if found:
             low, high = found[1:]
-            verdict = "gains" if low > 0 else "loses" if high < 0 else "cannot be told"
-            lines.append([f"{arm} − {other}: {question}", f"{found[0]:+.1f}", f"{low:+.1f} to {high:+.1f}", verdict])
+            told = paired.verdict(found)
+            lines.append([f"{arm} − {other}: {question}", f"{found[0]:+.1f}", f"{low:+.1f} to {high:+.1f}", told])
     return markdown(["", "points of balanced accuracy", "95 % interval", ""], lines)
 
 

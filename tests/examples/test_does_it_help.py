@@ -11,8 +11,9 @@ from examples.does_it_help import networks, protocol
 from examples.does_it_help.__main__ import main
 from examples.does_it_help.arms import ARMS, adapted, groups, norms, trained_weights
 from examples.does_it_help.data import PARTS, Collection, Part, archive, digits, folders
-from examples.does_it_help.protocol import CHOOSING, Protocol, Rows, once, runs, steps
+from examples.does_it_help.protocol import CHOOSING, ROW, Protocol, once, runs, steps
 from examples.does_it_help.report import PAIRS, difference, report
+from examples.rows import Rows
 from tests._compare import assert_same_bits
 
 SMALL = Protocol(
@@ -91,11 +92,11 @@ def test_lora_has_about_as_many_weights_as_mfa(images):
 
 def test_rows_are_appended_and_a_stopped_comparison_goes_on(collection, tmp_path, monkeypatch):
     arms, path = ["head only", "MFA"], tmp_path / "toy.jsonl"
-    all_runs = runs(collection, SMALL, arms, Rows(path, SMALL))
+    all_runs = runs(collection, SMALL, arms, Rows(path, SMALL, ROW))
     for _ in range(4):
         next(all_runs)
     assert len(path.read_text().splitlines()) == 3
-    list(runs(collection, SMALL, arms, Rows(path, SMALL)))
+    list(runs(collection, SMALL, arms, Rows(path, SMALL, ROW)))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["seed"] for row in rows] == [CHOOSING] * 4 + [0, 0, 1, 1]
     assert {row["part"] for row in rows[:4]} == {"validation"}
@@ -104,9 +105,9 @@ def test_rows_are_appended_and_a_stopped_comparison_goes_on(collection, tmp_path
         tried = {other["rate"]: other["balanced_accuracy"] for other in rows[:4] if other["arm"] == row["arm"]}
         assert tried[row["rate"]] == max(tried.values())
     monkeypatch.setattr(protocol, "once", None)  # nothing is run again
-    list(runs(collection, SMALL, arms, Rows(path, SMALL)))
+    list(runs(collection, SMALL, arms, Rows(path, SMALL, ROW)))
     with pytest.raises(ValueError, match="holds rows of another protocol"):
-        Rows(path, Protocol(network="x", sites=(), seeds=2, images=40, epochs=1))
+        Rows(path, Protocol(network="x", sites=(), seeds=2, images=40, epochs=1), ROW)
 
 
 def test_within_a_seed_all_arms_see_the_same_and_start_from_the_same_head(collection, monkeypatch):
