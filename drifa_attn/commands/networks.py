@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     from timm.models import load_checkpoint
 
     try:
-        load_checkpoint(model, str(path))
+        load_checkpoint(model, str(path), weights_only=True)  # older versions of timm unpickle unless told
     except Exception as error:  # of many kinds, by torch, pickle and safetensors
         raise ValueError(f"{path} does not hold the weights of {type(model).__name__}: {error}") from error
 
