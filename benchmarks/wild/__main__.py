@@ -2,7 +2,7 @@
 
 Each network runs in a process of its own, with limits of time and memory. What is done is kept in `outputs/wild.jsonl`, so that
 a run which was stopped goes on; delete that file to begin again. With patterns, `python -m benchmarks.wild "transformers/*"`
-runs the networks that they match, done or not, and shows what came out.
+runs the networks that they match, done or not, and shows what came out. The table holds what is done.
 """
 
 import os
@@ -75,7 +75,7 @@ def show(key: str, row: Row) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the networks that are not done yet, or those that are asked for, and write the table when all are done."""
+    """Run the networks that are not done yet, or those that are asked for, and write the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.wild", description=__doc__)
     parser.add_argument("pattern", nargs="*", help='networks to run, as "MONAI/*"; else all that are not done yet')
     patterns = parser.parse_args(arguments).pattern
@@ -89,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         done[key] = measured(known[key])
         keep(key, done[key])
         show(key, done[key])
-    if known.keys() <= done.keys():
-        REPORT.write_text("\n".join(table([done[key] for key in known])))
+    rows = [done[key] for key in known if key in done]
+    REPORT.write_text("\n".join(table(rows, waiting=len(known) - len(rows))))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ LIBRARIES = {
 MOST = 160  # characters of a reason in the table
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """The lines of the page about the networks of other libraries, and of timm."""
+def table(rows: Sequence[Row], waiting: int = 0) -> list[str]:
+    """The lines of the page about the networks of other libraries, and of timm; `waiting` is how many were not run yet."""
     foreign, own = [row for row in rows if row.library != "timm"], [row for row in rows if row.library == "timm"]
     return [
         "# Networks of other libraries",
@@ -32,6 +32,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         "",
         f"- **{len(foreign)} networks** were built from their configuration, with random weights, as small as that allows.",
         *counted(foreign, "networks"),
+        *([f"- {waiting} more were not run yet: `make wild` goes on with them."] if waiting else []),
         "",
         "The promises, each checked on every network:",
         "",
