@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-elsewhere lint matrix wild bench kernels clean
+.PHONY: demo test test-elsewhere lint matrix wild bench kernels docs clean
 
 demo: .venv/examples
 	$(BIN)/python -m examples.quickstart
@@ -38,6 +38,9 @@ bench: .venv/dev
 
 kernels: .venv/dev
 	$(BIN)/python -m benchmarks.kernels
+
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist outputs

@@ -1,9 +1,13 @@
-"""What the README says: its code runs, its numbers are those that were measured, its commands are those of the Makefile."""
+"""What README and docs/ say: their code runs, their numbers are those that were measured, their commands exist."""
 
+import ast
+import csv
 import json
+import pkgutil
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -13,15 +17,34 @@ import torch
 
 import drifa_attn
 from drifa_attn.commands.main import parsers
+from drifa_attn.wrapping import table
 from examples import quickstart
 from tests._process import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README, **{f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}}
+NEEDED = {"torch", "timm", "drifa_attn"}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, page="README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def everywhere(language):
+    """The blocks of all pages, each with the name of its page and its place there."""
+    found = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(language, page), 1)]
+    return [pytest.param(page, code, id=f"{page}-{i}") for page, i, code in found]
+
+
+def packages(code):
+    """The packages that a block imports and that the library itself does not need."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            names |= {name.partition(".")[0] for name in modules}
+    return names - NEEDED
 
 
 def commands(target):
@@ -30,12 +53,22 @@ def commands(target):
     return [line.strip().replace("$(BIN)/", "") for line in recipe.splitlines()]
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
-def test_code_of_the_readme_runs(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "code"), everywhere("python"))
+def test_code_of_the_pages_runs(page, code, tmp_path, monkeypatch):
+    """Nothing is downloaded; what a block imports besides is skipped where it is missing, and may warn where it is not."""
+    others = [pytest.importorskip(name) for name in packages(code)]
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    with warnings.catch_warnings():
+        if others:
+            warnings.simplefilter("ignore")
+        exec(compile(code, page, "exec"), {})
+
+
+def test_training_takes_no_more_than_fifteen_lines():
+    assert all(len(list(filter(str.strip, code.splitlines()))) < 15 for code in blocks("python", "docs/train.md"))
+    assert {"lightning", "accelerate", "transformers"} == set().union(*map(packages, blocks("python", "docs/train.md")))
 
 
 def test_the_plan_of_the_readme_is_the_plan():
@@ -50,8 +83,11 @@ def test_plain_lines_are_those_of_the_makefile(target, extra):
     assert f"| `make {target}` | `{plain}` |" in README
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines()])
-def test_command_lines_of_the_readme_parse(line, tmp_path, monkeypatch):
+DRIFA = [line for page in PAGES for block in blocks("sh", page) for line in block.splitlines() if line.startswith("drifa-attn")]
+
+
+@pytest.mark.parametrize("line", DRIFA)
+def test_command_lines_parse(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("attention.safetensors", "image.jpg"):
         (tmp_path / file).touch()
@@ -102,13 +138,7 @@ def test_the_quickstart_goes_through(tmp_path):
     ],
 )
 def test_the_evidence_of_the_readme_is_that_of_the_rows(row, arm):
-    cells = []
-    for name in ("sipakmed_64", "ham10000_64"):
-        path = ROOT / "examples" / "does_it_help" / "results" / f"{name}.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        found = [100 * one["balanced_accuracy"] for one in rows if one["arm"] == arm and one["part"] == "test"]
-        assert len(found) == 5
-        cells.append(f"{mean(found):.1f} ± {stdev(found):.1f}")
+    cells = [measured(arm, name) for name in ("sipakmed_64", "ham10000_64")]
     assert f"| {row} | {' | '.join(cells)} |" in README.replace("**" + cells[0] + "**", cells[0]).replace(
         "**" + cells[1] + "**", cells[1]
     )
@@ -118,3 +148,71 @@ def test_the_quickstart_says_in_words_when_gates_do_not_attend():
     assert "constants" not in quickstart.verdict({"a": 0.031, "b": 0.001})
     told = quickstart.verdict({"a": 0.029, "b": 0.001})
     assert told.endswith("That is below 0.03 everywhere: these gates are constants and hardly attend to the image.")
+
+
+def test_every_page_is_in_the_site_and_every_public_name_on_the_page_of_names():
+    named = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(f"docs/{name}" for name in named) == sorted(set(PAGES) - {"README.md"})
+    shown = re.findall(r"^::: (\S+)\n    options: \{heading: drifa_attn\.([\w.]+),", PAGES["docs/api.md"], re.MULTILINE)
+    assert {name for _, name in shown} == {*drifa_attn.__all__, "fusion.Refiner", "fusion.Readout"}
+    for path, name in shown:
+        assert pkgutil.resolve_name(path.rpartition(".")[0] + ":" + path.rpartition(".")[2]) is pkgutil.resolve_name(
+            f"drifa_attn:{name}"
+        )
+
+
+def test_costs_are_those_of_the_plans():
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    rows = re.findall(r"^\| `wrap\(model(?:, )?(.*?)\)` \| (.*) \|$", PAGES["docs/where.md"], re.MULTILINE)
+    assert len(rows) == 7
+    for options, told in rows:
+        chosen = eval(f"plan(model, {options})", {"plan": drifa_attn.plan, "model": model})
+        parts = sum(site.params for site in chosen.sites), sum(site.flops for site in chosen.sites)
+        shares = [table.share(*pair) for pair in zip(parts, (chosen.params, chosen.flops), strict=True)]
+        assert told.split(" | ") == [str(len(chosen.sites)), *shares], options
+
+
+def measured(arm, name):
+    """An arm's balanced accuracy on the test images of a collection, in per cent, as a table shows it."""
+    path = ROOT / "examples" / "does_it_help" / "results" / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [100 * one["balanced_accuracy"] for one in rows if one["arm"] == arm and one["part"] == "test"]
+    assert len(found) == 5
+    return f"{mean(found):.1f} ± {stdev(found):.1f}"
+
+
+def test_numbers_of_the_recipe_are_those_of_the_rows():
+    arms = {
+        "head only": "head only",
+        "MFA, calibrated, and head": "MFA",
+        "MFA, not calibrated, and head": "MFA, uncalibrated",
+        "LoRA, rank 1, and head": "LoRA",
+        "norms and head": "norms",
+        "norms, MFA and head": "norms + MFA",
+        "all weights": "all",
+        "all weights and MFA": "all + MFA",
+    }
+    for row, arm in arms.items():
+        told = " | ".join(measured(arm, name) for name in ("sipakmed_64", "ham10000_64"))
+        assert f"| {row} | {told} |" in PAGES["docs/train.md"], row
+
+
+def test_times_of_a_whole_network_are_those_of_the_rows():
+    with (ROOT / "benchmarks" / "results" / "0.1.0" / "cpu-amd-epyc-wrap.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = {"plain": "plain", "SE at the same sites": "SE", "CBAM at the same sites": "CBAM", "MFA, `wrap(model)`": "MFA"}
+    for row, name in names.items():
+        provider = "auto" if name == "MFA" else "peers"
+        found = [one for one in rows if (one["op"], one["provider"]) == (f"resnet50 {name}", provider)]
+        forward, step = (next(one for one in found if one["mode"] == mode) for mode in ("forward", "full"))
+        times = [f"{float(one['p50']):.3g} ms" for one in (forward, step)]
+        told = [row, *times, f"{int(forward['params']):,}", table.count(int(forward["flops"]))]
+        assert f"| {' | '.join(told)} |" in PAGES["docs/speed.md"]
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, cwd=ROOT)
+    assert (tmp_path / "api.html").read_text().count('id="drifa_attn') > 50
