@@ -35,18 +35,19 @@ def as_call(example_input: Any) -> Inputs:
 
 
 def batch_of(inputs: Inputs) -> int:
-    """How many samples inputs hold: the first axis of the first tensor that has one, or the length of a list of tensors."""
+    """How many samples inputs hold: the first axis of the first tensor that has one, or the length of a list of images."""
     for one in (*inputs[0], *inputs[1].values()):
-        if is_list(one):
+        if is_images(one):
             return len(one)
         if lengths := [tensor.shape[0] for _, tensor in tensors_in(one) if tensor.ndim]:
             return lengths[0]
     return 0
 
 
-def is_list(value: Any) -> bool:
-    """Whether an argument is a list of tensors, one a sample, as detectors take images."""
-    return isinstance(value, list) and bool(value) and all(isinstance(one, Tensor) for one in value)
+def is_images(value: Any) -> bool:
+    """Whether an argument is a list of images `c h w` of one or three channels, one a sample, as detectors take them."""
+    images = value if isinstance(value, list) else []
+    return bool(images) and all(isinstance(one, Tensor) and one.ndim == 3 and one.shape[0] in (1, 3) for one in images)
 
 
 def on_meta(inputs: Inputs) -> Inputs:
@@ -57,7 +58,7 @@ def on_meta(inputs: Inputs) -> Inputs:
 def on_cpu(inputs: Inputs, samples: int = 2) -> Inputs:
     """The first samples of inputs, on the CPU; without values of their own, random numbers or zeros of their dtype."""
     batch, generator = batch_of(inputs), torch.Generator().manual_seed(0)
-    single = {id(tensor) for one in (*inputs[0], *inputs[1].values()) if is_list(one) for tensor in one}
+    single = {id(tensor) for one in (*inputs[0], *inputs[1].values()) if is_images(one) for tensor in one}
 
     def value(tensor: Tensor) -> Tensor:
         dtype = torch.float32 if tensor.dtype is torch.float16 else tensor.dtype
