@@ -1,8 +1,8 @@
-# Every target makes its own environment in .venv and installs what it needs.
+# Every target makes its own environment in .venv and installs what it needs; test-oldest has one of its own.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-elsewhere lint matrix wild bench kernels docs clean
+.PHONY: demo test test-elsewhere test-oldest lint dist docs matrix wild bench kernels clean
 
 demo: .venv/examples
 	$(BIN)/python -m examples.quickstart
@@ -22,10 +22,19 @@ test-elsewhere: .venv/dev
 		echo "$$variation: $$(echo "$$result" | tail -n 1)"; echo "$$result" | grep -E "^(FAILED|ERROR)" || true; \
 	done; exit $$status
 
+# The suite with the oldest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/dev
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not cuda"
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dist: .venv/dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 matrix: .venv/dev
 	$(BIN)/python -m benchmarks.matrix
@@ -43,9 +52,14 @@ docs: .venv/docs
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist outputs
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis dist outputs
 
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv-oldest/dev: pyproject.toml tests/oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable ".[dev]" --constraint tests/oldest.txt
 	touch $@
