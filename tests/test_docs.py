@@ -17,6 +17,7 @@ import torch
 
 import drifa_attn
 from drifa_attn.commands.main import parsers
+from drifa_attn.fusion import FUSIONS
 from drifa_attn.wrapping import table
 from examples import quickstart
 from tests._process import run
@@ -216,3 +217,36 @@ def test_the_site_builds(tmp_path):
     pytest.importorskip("mkdocs")
     run(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, cwd=ROOT)
     assert (tmp_path / "api.html").read_text().count('id="drifa_attn') > 50
+
+
+def test_the_readme_renders_where_there_is_no_repository():
+    """A package index shows README without the files beside it: links are absolute, and paths that are named exist."""
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]*)\)", README))
+    assert not re.search(r"^\[.*\]:|<(a|img)\b", README, re.MULTILINE)
+    paths = re.findall(r"`((?:docs|examples|benchmarks)/[\w./]*)`", README)
+    assert len(paths) > 10
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize(("page", "code"), everywhere("python"))
+def test_a_download_is_announced_with_the_offline_form(page, code):
+    lines = [line for line in code.splitlines() if "pretrained=True" in line and not line.lstrip().startswith("#")]
+    assert all("downloads" in line and "pretrained=" in line.partition("#")[2] for line in lines), page
+
+
+def test_the_header_says_parameters_flops_and_time():
+    with (ROOT / "benchmarks" / "results" / "0.1.0" / "cpu-amd-epyc-wrap.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["shape"] == "1x3x224x224" and row["mode"] == "forward"]
+    plain, mfa = (
+        next(row for row in rows if (row["op"], row["provider"]) == pair)
+        for pair in (("resnet50 plain", "peers"), ("resnet50 MFA", "auto"))
+    )
+    more = [table.share(float(mfa[key]) - float(plain[key]), float(plain[key])) for key in ("params", "flops", "p50")]
+    told = f"**{more[0]} parameters, {more[1]} FLOPs, and +{float(more[2][1:-2]):.0f} % time**"
+    assert f"{told} for one image on two CPU cores, {float(mfa['p50']):.1f} ms" in README
+    assert f"takes {float(plain['p50']):.1f}" in README
+
+
+def test_every_fusion_stands_in_the_table():
+    told = re.findall(r"^\| (.*?) \|", PAGES["docs/fusions.md"], re.MULTILINE)
+    assert {name for cell in told for name in re.findall(r'`"(\w+)"`', cell)} == set(FUSIONS)

@@ -1,4 +1,4 @@
-"""What the README shows of uncertainty and losses type-checks."""
+"""What README and docs/ show of uncertainty and losses type-checks."""
 
 import re
 import subprocess
@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
-def test_code_of_the_readme_type_checks(tmp_path):
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_code_of_the_pages_type_checks(tmp_path):
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/modalities.md", "docs/uncertainty.md"))
+    found = re.findall(r"```python\n(.*?)```", pages, re.DOTALL)
     blocks = [block for block in found if "mc_dropout" in block or "TaskLoss" in block]
     assert len(blocks) >= 3
     for number, block in enumerate(blocks):
