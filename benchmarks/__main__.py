@@ -6,13 +6,13 @@ from fnmatch import fnmatch
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes, read when torch is loaded
 
-from . import layers, net, ops, scaling, wrap
+from . import growth, layers, net, ops, scaling, wrap
 from .arguments import Parser, device, output, seconds, shape
 from .cases import DTYPES, LAYOUTS, MODES, PROVIDERS, Case, Options
 from .rows import RESULTS, check_appendable
 from .run import run
 
-SUITES = {"ops": ops, "layers": layers, "wrap": wrap, "net": net, "scaling": scaling}
+SUITES = {"ops": ops, "layers": layers, "wrap": wrap, "net": net, "scaling": scaling, "growth": growth}
 
 
 def flags() -> Parser:

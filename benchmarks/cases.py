@@ -65,6 +65,7 @@ class Case:
     shape: str
     build: Callable[[], Setup]
     network: bool = False  # "full" is then a training step, and only the outputs are checked
+    verb: bool = False  # a function of the library: "forward" is a call of it, there is nothing to check or to count
 
 
 def text(shape: Sequence[int], modalities: int = 1) -> str:

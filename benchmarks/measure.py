@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Measurement, timer
@@ -157,7 +158,7 @@ def to_meta(value: Any) -> Any:
 
 
 class Ceiling(NamedTuple):
-    """One side of the roofline: a large copy (bytes) or a large matrix product (FLOPs)."""
+    """One side of the roofline: a large copy (bytes), or a large product (FLOPs), as matrices or as a convolution."""
 
     op: str
     shape: tuple[int, ...]
@@ -167,12 +168,20 @@ class Ceiling(NamedTuple):
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, side: int | None = None) -> list[Ceiling]:
-    """The two measurements the roofline is drawn from; `side` of the square operands, by default large for the device."""
+    """The measurements the roofline is drawn from; `side` of the square operands, by default large for the device.
+
+    A product is measured twice, since matrices and convolutions come from different libraries on a CPU: the faster is the roof.
+    """
     side = side or (8192 if device.type == "cuda" else 1536)
     a = torch.randn(side, side, device=device).to(dtype)
     big = torch.zeros(16, side, side, device=device, dtype=dtype)
     target = torch.empty_like(big)
+    weight, maps = (
+        torch.randn(side, side, 1, 1, device=device).to(dtype),
+        torch.randn(1, side, side, 1, device=device).to(dtype),
+    )
     return [
         Ceiling("roofline copy", (16, side, side), lambda: target.copy_(big), 0, 2 * nbytes(big)),
         Ceiling("roofline matmul", (side, side, side), lambda: a @ a, 2 * side**3, 3 * nbytes(a)),
+        Ceiling("roofline conv", (side, side, side), lambda: F.conv2d(maps, weight), 2 * side**3, 3 * nbytes(a)),
     ]

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .rows import Row, slug
-from .scaling import AXES, along
+from .scaling import AXES, along, exponent
 
 COLOURS = {"eager": "#7f8c9b", "compile": "#e08214", "fused": "#2166ac", "auto": "#b2182b", "peers": "#4d9221"}
 LABELS = {
@@ -26,8 +27,9 @@ def place(row: Row) -> str:
 
 
 def by_shape(ax: Axes, rows: Sequence[Row], field: str, title: str) -> None:
-    """One group of bars a shape, one bar a provider; of times the whiskers are the 20th and 80th percentile."""
-    shapes = list(dict.fromkeys(row.shape for row in rows))
+    """One group of bars a shape, by channels, one bar a provider; the whiskers of times are the 20th and 80th percentile."""
+    size_of = {row.shape: row.sizes[1:] for row in rows}
+    shapes = sorted({row.shape for row in rows}, key=lambda shape: size_of[shape])
     providers = [name for name in COLOURS if any(row.provider == name for row in rows)]
     width = 0.8 / max(len(providers), 1)
     for i, provider in enumerate(providers):
@@ -82,7 +84,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
     figure = Figure((8, 5.5), layout="constrained")
     ax = figure.subplots()
     copies = [row.bytes / row.p50 * 1e3 for row in rows if row.op == "roofline copy"]
-    products = [row.flops / row.p50 * 1e3 for row in rows if row.op == "roofline matmul"]
+    products = [row.flops / row.p50 * 1e3 for row in rows if row.op in ("roofline matmul", "roofline conv")]
     mine = [row for row in rows if row.suite == "layers" and row.op == "MFA" and row.mode == "forward"]
     intensities = [row.flops / row.bytes for row in mine]
     if not (copies and products and mine):
@@ -91,7 +93,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
     xs = [min(*intensities, rate / bandwidth) / 2, rate / bandwidth, max(*intensities, rate / bandwidth) * 2]
     ax.plot(xs, [min(bandwidth * x, rate) / 1e9 for x in xs], color="black", lw=1.5)
     ax.annotate(
-        f"{rate / 1e9:,.0f} GFLOP/s, matrix product",
+        f"{rate / 1e9:,.0f} GFLOP/s, product",
         (xs[-1], rate / 1e9),
         xytext=(0, 6),
         textcoords="offset points",
@@ -135,12 +137,50 @@ def scaling(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+GROWTH = {
+    "batch": "samples",
+    "side": "pixels a side",
+    "width": "channels",
+    "modalities": "modalities",
+    "depth": "blocks a stage",
+}
+
+
+def growth(rows: Sequence[Row]) -> Figure:
+    """Time along each axis of the growth suite, a training step of a network or a call of a verb, with its slope."""
+    figure = Figure((17, 13), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    mine = [row for row in rows if row.suite == "growth" and " by " in row.op]
+    verbs = {row.op for row in mine if row.mode == "forward"} - {row.op for row in mine if row.mode == "full"}
+    names = list(dict.fromkeys(row.op.partition(" by ")[0] for row in mine))
+    for ax, (axis, title) in zip(panels, GROWTH.items(), strict=False):
+        for i, name in enumerate(names):
+            op = f"{name} by {axis}"
+            mode = "forward" if op in verbs else "full"
+            points = sorted((along(row, axis), row.p50) for row in mine if (row.op, row.mode) == (op, mode))
+            if len(points) > 1:
+                label = f"{name}: {exponent(*zip(*points, strict=True)):.2f}"
+                style = "--" if op in verbs else "-"
+                ax.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=colormaps["tab20"](i % 20), label=label)
+        ax.set(xscale="log", yscale="log", xlabel=title, ylabel="milliseconds", title=f"by {axis}")
+        sizes = sorted({along(row, axis) for row in mine if row.op.endswith(f" by {axis}")})
+        ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, fontsize=8, frameon=False, title="what: slope")
+    for ax in panels:
+        ax.axis("off")
+    return figure
+
+
 # What is drawn, and the suite it is drawn from.
 PLOTS: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
     "latency": ("layers", latency),
     "memory": ("layers", memory),
     "roofline": ("layers", roofline),
     "scaling": ("scaling", scaling),
+    "growth": ("growth", growth),
 }
 
 

@@ -94,22 +94,56 @@ def ops(found: Found) -> str:
     return compared(found, "ops", LAYER_COLUMNS[:4])
 
 
-def scaling(found: Found) -> str:
+def scaling(found: Found, suite: str = "scaling") -> str:
     """The exponents of time and memory along each axis."""
+    lines = [
+        (device_of(g[0]), g[0].dtype, g[0].op, g[0].provider, g[0].mode, sizes_of(g), *(slope(g, f) for f in ("p50", "peak")))
+        for g in grown(found, suite)
+    ]
+    return table(("device", "dtype", "what", "provider", "mode", "sizes", "time exponent:", "peak exponent:"), lines)
+
+
+def growth(found: Found) -> str:
+    """The same of whole networks and of verbs."""
+    return scaling(found, "growth")
+
+
+def steep(found: Found) -> str:
+    """What grows faster than its work: by more than a tenth than batch, pixels, weights, modalities, or blocks."""
+    lines = []
+    for group in grown(found, "growth"):
+        axis = axis_of(group[0])
+        if (found_slope := float(slope(group, "p50"))) > 1.1 * SQUARED.get(axis, 1):
+            lines.append((device_of(group[0]), group[0].op, group[0].mode, sizes_of(group), f"{found_slope:.2f}"))
+    return table(("device", "what", "mode", "sizes", "time exponent:"), lines) if lines else "None."
+
+
+SQUARED = {"side": 2, "width": 2}  # an image has as many pixels as its side squared, a network as many weights as its width
+
+
+def grown(found: Found, suite: str) -> list[list[Row]]:
+    """The rows of a suite along one axis each, of two sizes at least."""
     groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in found.all(suite="scaling"):
+    for row in found.all(suite=suite):
         if " by " in row.op:
             groups.setdefault((device_of(row), row.dtype, row.op, row.provider, row.mode), []).append(row)
-    lines = []
-    for (*key, mode), rows in groups.items():
-        axis = rows[0].op.rpartition(" ")[2]
-        sizes = [along(row, axis) for row in rows]
-        if len(set(sizes)) < 2:
-            continue
-        fits = [exponent(sizes, [getattr(row, field) for row in rows]) for field in ("p50", "peak")]
-        steps = ", ".join(f"{size:g}" for size in sizes)
-        lines.append((*key, mode, steps, *(f"{fit:.2f}" for fit in fits)))
-    return table(("device", "dtype", "what", "provider", "mode", "sizes", "time exponent:", "peak exponent:"), lines)
+    return [rows for rows in groups.values() if len({along(row, axis_of(row)) for row in rows}) > 1]
+
+
+def axis_of(row: Row) -> str:
+    """The axis a row grows along."""
+    return row.op.rpartition(" ")[2]
+
+
+def sizes_of(rows: Sequence[Row]) -> str:
+    """The sizes of rows along their axis."""
+    return ", ".join(f"{along(row, axis_of(row)):g}" for row in rows)
+
+
+def slope(rows: Sequence[Row], field: str) -> str:
+    """The exponent of a cost; a dash where it is nothing at some size."""
+    costs = [getattr(row, field) for row in rows]
+    return f"{exponent([along(row, axis_of(row)) for row in rows], costs):.2f}" if all(costs) else "–"
 
 
 def roofs(found: Found) -> dict[tuple[str, str], tuple[float, float]]:
@@ -152,6 +186,8 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "networks": networks,
     "net": net,
     "scaling": scaling,
+    "steep": steep,
+    "growth": growth,
     "roofline": roofline,
     "failures": failures,
 }

@@ -66,11 +66,14 @@ def prepare(case: Case, mode: str, row: Row, options: Options, reference: Refere
     setup = case.build()
     run = PROVIDERS[case.provider](setup.module)
     setup.module.eval()
-    check(case, setup, run, mode, options.dtype, reference)
+    if not case.verb:
+        check(case, setup, run, mode, options.dtype, reference)
     setup.module.train(case.network and mode != "forward")
     once = call(case, setup, run, mode)
     once()  # compiles, and allocates an optimizer's state
     peak = measure.memory(once, options.device).peak
+    if case.verb:
+        return Prepared(once, replace(row, peak=peak / MIB))
     kept = measure.kept(run, setup.args, options.device) / MIB if mode != "forward" else None
     flops, moved = reference.cost(case, setup, mode)
     params = sum(p.numel() for p in setup.module.parameters())
@@ -81,6 +84,8 @@ def measured(suite: str, group: Sequence[Case], mode: str, options: Options, ref
     """The rows of cases that are measured side by side."""
     ready: list[Prepared] = []
     for case in group:
+        if case.verb and mode != "forward":
+            continue
         row = blank(suite, case, mode, options)
         if case.provider == "compile" and not IS_CHILD:
             yield apart(suite, case, mode, options)

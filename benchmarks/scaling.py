@@ -11,6 +11,7 @@ from .rows import Row
 
 STEPS = (1, 2, 4)  # what a size is multiplied by
 AXES = ("batch", "side", "channels", "modalities")
+INSIDE = {"batch": 0, "channels": 1, "side": 2}  # the axes that are a part of the shape of an input, and which
 
 
 def setup(shape: tuple[int, ...], modalities: int, options: Options) -> Setup:
@@ -47,11 +48,11 @@ def cases(options: Options) -> Iterator[list[Case]]:
 
 
 def along(row: Row, axis: str) -> float:
-    """The size of a row along an axis of the scaling suite."""
-    if axis == "modalities":
-        before, star, _ = row.shape.rpartition("*")
-        return float(before) if star else 1.0
-    return float(row.sizes[{"batch": 0, "channels": 1, "side": 2}[axis]])
+    """The size of a row along an axis: a part of its shape, or what stands before the star, one where there is none."""
+    if axis in INSIDE:
+        return float(row.sizes[INSIDE[axis]])
+    before, star, _ = row.shape.rpartition("*")
+    return float(before) if star else 1.0
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

@@ -118,10 +118,10 @@ def test_exponent_is_the_power_a_cost_grows_with(power):
         scaling.exponent([2, 2], [1, 1])
 
 
-def growing():
-    """Rows of the scaling suite along the batch whose time is linear and whose memory is quadratic."""
+def growing(suite="scaling", **of):
+    """Rows along the batch whose time is linear and whose memory is quadratic."""
     sizes = (1, 2, 4)
-    base = replace(ROW, suite="scaling", op="MFA by batch", provider="auto")
+    base = replace(ROW, suite=suite, **{"op": "MFA by batch", "provider": "auto", **of})
     return [replace(base, shape=f"{b}x8x4x4", p50=2.0 * b, p20=1.9 * b, p80=2.1 * b, peak=3.0 * b * b) for b in sizes]
 
 
@@ -139,6 +139,19 @@ def test_tables_show_exponents_failures_and_the_share_of_the_roofline():
     assert report.failures(Found([ROW])) == "None."
 
 
+def test_what_grows_faster_than_its_work_is_named():
+    """Time that is linear in the batch is what it should be, and so is time that is linear in the depth; its square is not."""
+    linear = growing("growth", op="wrap by batch", mode="full")
+    steep = [replace(linear[0], op="plan by depth", shape=f"{n}*1x3x4x4", p50=float(n * n)) for n in (1, 2, 4)]
+    wide = [replace(row, op="wrap by width") for row in steep]
+    found = Found([*linear, *steep, *wide])
+    assert report.steep(found).count("\n") == 2
+    assert "| plan by depth | full | 1, 2, 4 | 2.00 |" in report.steep(found)
+    assert report.steep(Found(linear)) == "None."
+    assert "| wrap by batch | auto | full | 1, 2, 4 | 1.00 | 2.00 |" in report.growth(found)
+    assert "| 1.00 | – |" in report.growth(Found([replace(row, peak=0.0) for row in linear]))
+
+
 def test_only_the_marked_places_are_filled():
     text = "before\n<!-- table: failures -->\nold\n<!-- end -->\nafter\n"
     once = report.filled(text, Found([ROW]))
@@ -147,7 +160,7 @@ def test_only_the_marked_places_are_filled():
 
 
 def test_plots_of_each_device_are_drawn(tmp_path):
-    some = [ROW, replace(ROW, provider="auto", mode="full", kept=1.0), *growing()]
+    some = [ROW, replace(ROW, provider="auto", mode="full", kept=1.0), *growing(), *growing("growth")]
     some += [replace(row, device=GPU) for row in growing()]
     paths = draw(some, tmp_path)
     assert [path.name for path in paths] == [*(f"cpu-of-a-test-{plot}.png" for plot in PLOTS), "gpu-of-a-test-scaling.png"]

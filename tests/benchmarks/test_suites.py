@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layers, net, ops, run, scaling, wrap
+from benchmarks import growth, layers, net, ops, run, scaling, wrap
 from benchmarks.cases import Case, Options, Setup
 from benchmarks.correctness import Reference
 from benchmarks.rows import read
@@ -28,9 +28,9 @@ def rows_of(suite, **options):
     chosen = replace(TINY, **{"providers": HERE, **options})
     name = suite.__name__.rpartition(".")[2]
     rows = run.run(name, suite.cases(chosen), chosen, side=16)
-    assert [row.op for row in rows[:2]] == ["roofline copy", "roofline matmul"]
+    assert [row.op for row in rows[:3]] == ["roofline copy", "roofline matmul", "roofline conv"]
     assert all(row.suite == name for row in rows)
-    return rows[2:]
+    return rows[3:]
 
 
 def succeeded(rows):
@@ -82,6 +82,47 @@ def test_scaling_grows_one_axis_at_a_time():
         assert [scaling.along(row, axis) / scaling.along(mine[0], axis) for row in mine] == list(scaling.STEPS)
         for other in set(scaling.AXES) - {axis}:
             assert len({scaling.along(row, other) for row in mine}) == 1
+
+
+def test_growth_measures_networks_and_verbs_along_one_axis(monkeypatch):
+    """Two fusions' worth of rows; a verb is called and neither checked nor trained."""
+    monkeypatch.setattr(growth, "STEPS", (1, 2))
+    chosen = (
+        "wrap by depth",
+        "fuse concat by modalities",
+        "plan by depth",
+        "save_attention by width",
+        "load_attention by depth",
+    )
+    rows = rows_of(growth, ops=chosen, shapes=((2, 3, 32, 32),), providers=("auto",))
+    assert not [row.error for row in rows if row.error]
+    assert {(row.op, row.mode) for row in rows} == {
+        *((op, mode) for op in chosen[:2] for mode in ("forward", "full")),
+        *((op, "forward") for op in chosen[2:]),
+    }
+    for op in chosen:
+        sizes = [scaling.along(row, op.rpartition(" ")[2]) for row in rows if row.op == op and row.mode == "forward"]
+        assert sizes[1] == 2 * sizes[0]
+    by_depth = [row for row in rows if row.op == "wrap by depth" and row.mode == "full"]
+    assert by_depth[0].flops < by_depth[1].flops
+    assert {growth.Size().grown("depth", 4).label("depth"), growth.Size().label("batch")} == {"4*4x3x64x64", "4x3x64x64"}
+
+
+def test_growth_covers_every_fusion_and_the_verbs():
+    ops = {case.op for group in growth.cases(TINY) for case in group}
+    for fusion in growth.FUSIONS:
+        assert {f"fuse {fusion} by {axis}" for axis in ("batch", "side", "width", "modalities", "depth")} <= ops
+    assert {"wrap by depth", "plan by depth", "calibrate by batch", "save_attention by depth", "load_attention by depth"} <= ops
+
+
+def test_the_losses_of_a_fusion_are_part_of_what_is_measured(monkeypatch):
+    """In training they are computed, and shift all logits alike; in evaluation they are not."""
+    xs = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    model = growth.fused("gloria", growth.Size(batch=4, side=32))
+    monkeypatch.setattr(model.net, "losses", lambda: {"one": torch.tensor(2.0), "other": torch.tensor(3.0)})
+    monkeypatch.setattr(model.net, "forward", lambda _: {"task": torch.ones(4, 3)})
+    assert torch.equal(model.eval()(xs)[0], torch.ones(4, 3))
+    assert torch.equal(model.train()(xs)[0], torch.full((4, 3), 6.0))
 
 
 @pytest.mark.parametrize(("network", "side"), [("swin_tiny_patch4_window7_224", 7), ("vit_small_patch16_224", 14)])
