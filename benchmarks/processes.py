@@ -5,7 +5,7 @@
 Each process holds the network in `DistributedDataParallel` and takes one training step. A communication hook counts the bytes
 of the gradients that are averaged: they have to be the size of the trained weights. Gates are computed from each process's own
 samples, so nothing else is exchanged but the buffers: running statistics of batch norms, and the four vectors a site that
-`calibrate` fits. The first process sends them to the others, unless `broadcast_buffers=False`. Their size stands in the table too.
+`calibrate` fits. The first process sends them to the others, unless `broadcast_buffers=False`. Their size is in the table too.
 
 With `--step` and `--link`, the time of a step in one process and the speed of the link, both your own numbers, the command adds
 a simulation of weak scaling: a ring sends `2 (n - 1) / n` times the gradients of each process, while nothing else is computed.

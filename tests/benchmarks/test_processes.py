@@ -28,11 +28,8 @@ def test_a_ring_sends_nearly_twice_the_gradients():
 def test_the_command_prints_what_was_counted(monkeypatch, capsys):
     monkeypatch.setattr(processes, "averaged_bytes", lambda name, way, *_: trained_bytes(network(name, way)))
     main(["test_resnet", "--processes", "2", "4", "--step", "0.1", "--link", "10"])
-    printed = capsys.readouterr().out
-    assert (
-        f"| plain | {trained_bytes(network('test_resnet', 'plain')):,} | 100.00% | {buffer_bytes(network('test_resnet', 'plain')):,} |"
-        in printed
-    )
+    printed, plain = capsys.readouterr().out, network("test_resnet", "plain")
+    assert f"| plain | {trained_bytes(plain):,} | 100.00% | {buffer_bytes(plain):,} |" in printed
     assert "Counted in 2, 4 processes" in printed
     assert "| network | 2 processes | 4 processes |" in printed
 
