@@ -33,12 +33,15 @@ class RRA(nn.Module):
     `proj.bn(proj.conv(x))` with a 1x1 convolution of the stride. The convolutions have biases.
 
     Args:
-        in_channels, out_channels: >= 1.
+        in_channels: >= 1.
+        out_channels: >= 1.
         stride: of conv1 and of the projection, >= 1.
         padding: "symmetric" (k // 2 on all sides, as in PyTorch) or "same" (the odd row and column at the end, as in
             TensorFlow); they agree if the stride is 1 or the size is odd.
-        eps, momentum: of the batch norms, eps > 0; the defaults are the released ones (0.99 in Keras is 0.01 in PyTorch).
-        reduction, init: of the two MFAs.
+        eps: of the batch norms, > 0; the default is the released one.
+        momentum: of the batch norms; the default is the released one (0.99 in Keras is 0.01 in PyTorch).
+        reduction: of the two MFAs.
+        init: of the two MFAs.
 
     Shape: x `b in_channels h w` -> `b out_channels ceil(h / stride) ceil(w / stride)`.
         It takes no mask, for its convolutions mix positions.

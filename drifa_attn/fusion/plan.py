@@ -49,8 +49,10 @@ class FusionPlan:
         reads_vectors: whether the readout reads them.
         width: of the vector that the heads read.
         tasks: the classes of each task.
-        readout_params, readout_flops: of the readout.
-        params, flops: of the branches; FLOPs for one sample.
+        readout_params: of the readout.
+        readout_flops: of the readout, for one sample.
+        params: of the branches.
+        flops: of the branches, for one sample.
     """
 
     fusion: str

@@ -40,7 +40,8 @@ class Plan:
         sites: the places, in calling order, with the parameters and FLOPs of each.
         skipped: names that were looked at and left out, with the reason.
         notes: what else the user should know.
-        params, flops: of the network itself, FLOPs for one sample.
+        params: of the network itself.
+        flops: of the network itself, for one sample.
     """
 
     network: str
