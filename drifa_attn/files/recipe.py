@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from drifa_attn.attention import Spec
 from drifa_attn.fusion import Fused, fuse
 from drifa_attn.fusion.branches import surveyed
+from drifa_attn.layout import as_place
 from drifa_attn.network.copies import meta_clone, real_clone
 from drifa_attn.network.record import Survey
 from drifa_attn.network.site import Site
 from drifa_attn.network.survey import survey
-from drifa_attn.wrapping.inject import attach, detach, masks, placed, spec_of
+from drifa_attn.wrapping.inject import Slot, attach, detach, masks, placed, slotted, spec_of
 from drifa_attn.wrapping.masking import MaskFrom
 from drifa_attn.wrapping.rehearse import rehearse
 
 from .state import check_state, chosen_state
+from .structure import structure
 
 Factory = Callable[..., nn.Module]
 
@@ -32,7 +34,9 @@ def wrapped_recipe(model: nn.Module) -> dict[str, Any]:
     mask_from, masked = masks(model)
     name = getattr(mask_from, "__qualname__", type(mask_from).__qualname__)  # a callable is not written, only that there is one
     mask = {"mask": {"mask_from": name, "sites": masked}} if masked else {}
-    return {"attention": attention, "sites": [asdict(site) for site, _ in found], **mask}
+    slots = list(slotted(model))
+    known = {"structure": structure(model, slots), "homes": [[slot.carrier, slot.owner] for slot in slots]}
+    return {"attention": attention, "sites": [asdict(site) for site, _ in found], "known": known, **mask}
 
 
 def fused_recipe(net: Fused) -> dict[str, Any]:
@@ -64,14 +68,35 @@ def wrap_again(
     sites, masked = [site_of(entry) for entry in recipe["sites"]], checked_masked(recipe, mask_from)
     if not sites:
         return
-    found = survey(network, example_input, prepare=detach, **hints(sites))
-    for site in sites:
-        check_site(found, site)
+    chosen = known_slots(network, sites, recipe.get("known")) or surveyed_slots(network, sites, example_input)
     spec = Spec(**recipe["attention"], factory=factory)
     if factory is not None and ":" not in spec.name:
         raise ValueError(f"the file holds the attention {spec.name!r}, which needs no callable: leave attention= out.")
-    slots = [replace(slot, is_masked=slot.name in masked) for slot in rehearse(found, sites, repeated=True)]
-    attach(network, slots, spec, mask_from)
+    attach(network, [replace(slot, is_masked=slot.name in masked) for slot in chosen], spec, mask_from)
+
+
+def surveyed_slots(network: nn.Module, sites: list[Site], example_input: Any) -> list[Slot]:
+    """Where the attention of these sites goes; a `ValueError` unless the network has each of them."""
+    found = survey(network, example_input, prepare=detach, **hints(sites))
+    for site in sites:
+        check_site(found, site)
+    return rehearse(found, sites, repeated=True)
+
+
+def known_slots(network: nn.Module, sites: list[Site], known: Any) -> list[Slot]:
+    """Where the attention of these sites was in the saved network, if this one is made as that was; else nothing."""
+    homes = known.get("homes") if isinstance(known, Mapping) else None
+    if (
+        not isinstance(homes, list)
+        or len(homes) != len(sites)
+        or any(not isinstance(home, list) or len(home) != 2 for home in homes)
+    ):
+        return []
+    slots = [
+        Slot(module=site.module, path=site.path, folded=site.folded, carrier=carrier, owner=owner, **as_place(site))
+        for site, (carrier, owner) in zip(sites, homes, strict=True)
+    ]
+    return slots if known.get("structure") == structure(network, slots) else []
 
 
 def checked_masked(recipe: Mapping[str, Any], mask_from: MaskFrom | None) -> list[str]:

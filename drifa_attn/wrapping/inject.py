@@ -194,6 +194,22 @@ def placed(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
             yield step.site(name), step.attention(module)
 
 
+def slotted(model: nn.Module) -> Iterator[Slot]:
+    """The same sites, each with the modules that carry and own its attention."""
+    for name, module in model.named_modules():
+        for step in steps_of(module, Refinement):
+            site, below = step.site(name), step.child.rpartition(".")[0]
+            yield Slot(
+                module=site.module,
+                path=site.path,
+                folded=site.folded,
+                carrier=name,
+                owner=f"{name}.{below}".strip("."),
+                is_masked=step.masking is not None,
+                **as_place(site),
+            )
+
+
 def masks(model: nn.Module) -> tuple[MaskFrom | None, list[str]]:
     """What a network finds its mask with, and the names of the sites that use it."""
     steps = [(name, step) for name, module in model.named_modules() for step in steps_of(module, Refinement) if step.masking]
