@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from drifa_attn.ops import choose
 from drifa_attn.ops.choose import interpreting
 
 INTERPRET = tl.constexpr(interpreting())
@@ -41,8 +42,8 @@ def packed(weights: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
 
 
 def precision() -> str:
-    """How float32 operands are multiplied; the interpreter always multiplies exactly."""
-    return "ieee" if interpreting() else "tf32"
+    """How float32 operands are multiplied: exactly, unless PyTorch's switch allows TF32. The interpreter always is exact."""
+    return "tf32" if choose.tf32_allowed() and not interpreting() else "ieee"
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drifa_attn.ops.choose import capability, interpreting
+from drifa_attn.ops.choose import WIDEST_EXACT, capability, interpreting
 
 WIDEST_CHAIN = 128  # wider, the weights of one chain do not fit beside its maps
 
@@ -79,7 +79,7 @@ POSITIONS = 128  # of a tile of a product, for all operands, so that all product
 
 def row(table: dict, x: Tensor) -> dict:
     """The rows of `table` for the device of `x`."""
-    return table[90 if capability(x) >= 90 else 80]
+    return table[90 if capability(x.device) >= 90 else 80]
 
 
 def positions(n: int) -> int:
@@ -128,7 +128,10 @@ def fitted(chosen: Chain, n: int) -> Chain:
 
 def chain(x: Tensor, padded: int, itemsize: int) -> Chain:
     """The configuration of the chain over `x` at a padded width, if its widest operands have `itemsize` bytes."""
-    return fitted(row(CHAIN, x)[padded, itemsize], x.shape[2])
+    chosen = row(CHAIN, x)[padded, itemsize]
+    if itemsize == 4 and padded <= WIDEST_EXACT:  # without tensor cores a tile of 64 spills; one rule, whatever TF32 says
+        chosen = chosen._replace(positions=min(chosen.positions, 32))
+    return fitted(chosen, x.shape[2])
 
 
 def chain_back(x: Tensor, padded: int) -> Chain | None:
