@@ -38,9 +38,7 @@ MOST_GROUPED = 2**22  # elements of one sample's map, beyond which no group fits
 
 MINIMUM_TRITON = (3, 6)  # interpreted with this version and with 3.8; the configurations were compiled with 3.8
 WIDEST = 4096  # the widest that was compiled; nothing in the layer-wise kernels depends on it
-WIDEST_EXACT = (
-    32  # the widest whose float32 products are computed without tensor cores: beyond, they would take longer than the maps
-)
+WIDEST_EXACT = 32  # the widest whose float32 products run without tensor cores: beyond, they would outlast the maps
 
 
 def check_mode(owner: str, mode: str) -> Mode:
