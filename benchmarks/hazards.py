@@ -88,6 +88,28 @@ def chosen(device: torch.device) -> list[str]:
     return found
 
 
+def start(device: torch.device) -> str:
+    """The identity start passes features on bit for bit: σ(0) is ½ and a statistic of zero and one changes nothing."""
+    for dtype in (BF16, FP16, FP32):
+        for channels, reduction in ((64, 16), (256, 16), (64, 1)):
+            one, x = (
+                layer(device, channels, dtype, reduction=reduction, init="identity"),
+                made(device, 2, channels, 9, 9, dtype=dtype),
+            )
+            with ops.use("fused"):
+                demand(torch.equal(one(x), x), f"{channels} channels, reduction {reduction}, {dtype}: the output is not x")
+    return "the same bits"
+
+
+def launched(device: torch.device) -> str:
+    """Three launches forward, for a dense and a reduced layer, as `benchmarks.launches` counts them without a GPU."""
+    from .launches import launches  # not above: it imports triton
+
+    counts = {label: sum(launches(label, "fused")[0]) for label in ("dense c=64, 56²", "reduced c=256 (d=16), 56²")}
+    demand(set(counts.values()) == {3}, f"the launches are {counts}")
+    return "3"
+
+
 def strides(device: torch.device) -> list[str]:
     """Features that lie in memory in other ways."""
     x, wide = made(device, 2, 64, 14, 14), made(device, 2, 128, 14, 14)
@@ -214,7 +236,23 @@ def reduce_overhead(device: torch.device) -> str:
 
 HAZARDS: dict[str, Callable[[torch.device], Any]] = {
     one.__name__: one
-    for one in (widths, chosen, strides, tokens, few, half, autocast, single, tf32, repeatable, modalities, captured, large)
+    for one in (
+        widths,
+        chosen,
+        start,
+        launched,
+        strides,
+        tokens,
+        few,
+        half,
+        autocast,
+        single,
+        tf32,
+        repeatable,
+        modalities,
+        captured,
+        large,
+    )
 } | {"compiled": compiled, "reduce_overhead": reduce_overhead}
 ON_GPU = ("captured", "reduce_overhead")
 

@@ -27,11 +27,11 @@ import torch
 from .arguments import Parser, count, output
 
 PACKAGE = "drifa_attn.ops.triton"
-MODULES = ["common", "products", "mfa", "mfa_backward", "mifa", "gate"]
+MODULES = ["common", "products", "mfa", "mfa_backward", "tail", "tail_backward", "mifa", "gate"]
 CAPABILITIES = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may use
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.bool: "i1"}
-FORWARD = ("chain_kernel", "layer_kernel", "pools_kernel", "gate_kernel", "finish_kernel")
+FORWARD = ("chain_kernel", "layer_kernel", "pools_kernel", "gate_kernel", "finish_kernel", "tail_kernel")
 
 
 class Launch(NamedTuple):
@@ -108,11 +108,15 @@ def weights(d: int, c: int) -> tuple[Any, ...]:
 
 
 def mfa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
-    """MFA's statistics and their gradient."""
+    """MFA's gain and its gradient, in the form that `wrap` gives a layer."""
     ops = importlib.import_module(PACKAGE)
     x, given = features(c, n, layout, dtype), weights(d, c)
-    stats, where = ops.mfa_forward(x, *given)
-    ops.mfa_backward(stats, x, *given, stats, where)
+    vector, alpha = torch.empty(d, device="meta"), torch.empty(c, device="meta")
+    head = [torch.empty(d, 2 * d, device="meta"), vector, torch.empty(d, d, device="meta"), vector, vector[:1], vector]
+    expand = [] if c == d else [torch.empty(c, d, device="meta"), alpha]
+    tail = head, [] if c == d else [vector] * 4, expand, alpha
+    gain, stats, where = ops.mfa_gain_forward(x, *given, *tail)
+    ops.mfa_gain_backward(gain, x, *given, *tail, stats, where)
 
 
 def mifa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:

@@ -27,6 +27,8 @@ from .kernels import MODULES, PACKAGE
 FUNCTIONS = {
     "mfa_stats": "mfa_forward",
     "mfa_stats_backward": "mfa_backward",
+    "mfa_gain": "mfa_gain_forward",
+    "mfa_gain_backward": "mfa_gain_backward",
     "gate": "gate_forward",
     "gate_backward": "gate_backward",
 }
@@ -57,6 +59,10 @@ class Launches(TorchDispatchMode):
             with self:
                 result = getattr(self.backend, FUNCTIONS[name])(*args, **(kwargs or {}))
             return operators.listed(result) if str(func._schema).endswith("[]") else result
+        with self:  # below autograd, PyTorch leaves operators whole that are made of others, such as `to`
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         if not func.is_view and not name.startswith(SILENT):
             self.aten[name] += 1
         return func(*args, **(kwargs or {}))

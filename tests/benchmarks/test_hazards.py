@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from benchmarks import hazards
-from drifa_attn.ops import choose
+from drifa_attn.ops import choose, tail
 
 
 def test_chosen_finds_chunked_operators_on_a_gpu(monkeypatch):
@@ -19,6 +19,23 @@ def test_chosen_finds_chunked_operators_on_a_gpu(monkeypatch):
         monkeypatch.setattr(choose, "kernel_reason", lambda xs, width: None)
         with pytest.raises(ValueError, match="1024 channels in torch.float32: chunked"):
             hazards.chosen(torch.device("cuda"))
+
+
+def test_start_finds_a_gain_that_is_not_one(monkeypatch):
+    assert hazards.start(torch.device("cpu")) == "the same bits"
+    monkeypatch.setattr(tail.functional, "gain", lambda a, alpha: a * alpha * 1.01)
+    with pytest.raises(ValueError, match="64 channels, reduction 16, torch.bfloat16: the output is not x"):
+        hazards.start(torch.device("cpu"))
+
+
+def test_launched_finds_one_more(monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import launches
+
+    assert hazards.launched(torch.device("cpu")) == "3"
+    monkeypatch.setattr(launches, "launches", lambda label, mode: ((1, 3), (0, 0)))
+    with pytest.raises(ValueError, match="the launches are"):
+        hazards.launched(torch.device("cpu"))
 
 
 def test_a_hazard_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys):

@@ -63,12 +63,14 @@ CHAIN = {
     },
 }
 # Padded width -> configuration, for gradients that are multiplied in 2 bytes. In 4 bytes, and at width 64 on 8.0, spills are
-# heavy. At 64 on 9.0 some remain (a stack of up to 224 bytes): half the tile leaves few, but reads all weights twice as often.
+# heavy. At 64 on 9.0 some remain (a stack of about 250 bytes), at 32 few (40): half the tile leaves few, but reads all weights
+# twice as often.
 CHAIN_BACK = {
     90: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8), 64: Chain(32, 1, 4)},
     80: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8)},
 }
 PROGRAMS = 264  # of the backward pass of the chain: two per multiprocessor of an H100; one number, so that sums never differ
+SPLITS = 64  # of a batch at most, in the gradient of a squeeze
 # bytes of an operand -> configuration
 PRODUCT = {
     90: {2: Product(128, 64, 8, 3), 4: Product(128, 32, 8, 3)},
