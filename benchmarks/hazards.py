@@ -72,8 +72,42 @@ def layer(device: torch.device, channels: int, dtype: torch.dtype = BF16, **opti
 
 def widths(device: torch.device) -> list[str]:
     """Widths that are and are not multiples of 16."""
-    several = ((64, None), (72, None), (100, None), (130, None), (256, 16), (64, 16), (96, 4))
+    several = ((8, None), (12, None), (64, None), (72, None), (100, None), (130, None), (256, 16), (64, 16), (96, 4))
     return [f"{c}/{r}: {held(layer(device, c, reduction=r), made(device, 2, c, 9, 9), 1e-2)}" for c, r in several]
+
+
+def chosen(device: torch.device) -> list[str]:
+    """What `auto` takes for the sites of `wrap` in every dtype: on a GPU never the chunked operators."""
+    found = []
+    for dtype in (BF16, FP16, FP32):
+        for channels in (64, 256, 512, 1024, 2048):
+            x = torch.empty(2, channels, 14, 14, device=device, dtype=dtype)
+            choice = ops.explain(layer(device, channels, dtype, reduction=16), x)
+            demand(device.type != "cuda" or choice.path != "chunked", f"{channels} channels in {dtype}: {choice}")
+            found.append(f"{channels} {str(dtype).removeprefix('torch.')}: {choice.path}")
+    return found
+
+
+def start(device: torch.device) -> str:
+    """The identity start passes features on bit for bit: σ(0) is ½ and a statistic of zero and one changes nothing."""
+    for dtype in (BF16, FP16, FP32):
+        for channels, reduction in ((64, 16), (256, 16), (64, 1)):
+            one, x = (
+                layer(device, channels, dtype, reduction=reduction, init="identity"),
+                made(device, 2, channels, 9, 9, dtype=dtype),
+            )
+            with ops.use("fused"):
+                demand(torch.equal(one(x), x), f"{channels} channels, reduction {reduction}, {dtype}: the output is not x")
+    return "the same bits"
+
+
+def launched(device: torch.device) -> str:
+    """Three launches forward, for a dense and a reduced layer, as `benchmarks.launches` counts them without a GPU."""
+    from .launches import launches  # not above: it imports triton
+
+    counts = {label: sum(launches(label, "fused")[0]) for label in ("dense c=64, 56²", "reduced c=256 (d=16), 56²")}
+    demand(set(counts.values()) == {3}, f"the launches are {counts}")
+    return "3"
 
 
 def strides(device: torch.device) -> list[str]:
@@ -202,7 +236,23 @@ def reduce_overhead(device: torch.device) -> str:
 
 HAZARDS: dict[str, Callable[[torch.device], Any]] = {
     one.__name__: one
-    for one in (widths, strides, tokens, few, half, autocast, single, tf32, repeatable, modalities, captured, large)
+    for one in (
+        widths,
+        chosen,
+        start,
+        launched,
+        strides,
+        tokens,
+        few,
+        half,
+        autocast,
+        single,
+        tf32,
+        repeatable,
+        modalities,
+        captured,
+        large,
+    )
 } | {"compiled": compiled, "reduce_overhead": reduce_overhead}
 ON_GPU = ("captured", "reduce_overhead")
 

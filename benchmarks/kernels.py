@@ -27,11 +27,11 @@ import torch
 from .arguments import Parser, count, output
 
 PACKAGE = "drifa_attn.ops.triton"
-MODULES = ["common", "products", "mfa", "mfa_backward", "mifa", "gate"]
+MODULES = ["common", "products", "mfa", "mfa_backward", "tail", "tail_backward", "mifa", "gate"]
 CAPABILITIES = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may use
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.bool: "i1"}
-FORWARD = ("chain_kernel", "layer_kernel", "pools_kernel", "gate_kernel", "finish_kernel")
+FORWARD = ("chain_kernel", "layer_kernel", "pools_kernel", "gate_kernel", "finish_kernel", "tail_kernel")
 
 
 class Launch(NamedTuple):
@@ -86,9 +86,10 @@ def recorded(op: Any, label: str, capability: int) -> list[Launch]:
         launches.append(described(kernel, arguments, label, capability))
 
     with ExitStack() as patches:
+        patches.enter_context(patch("drifa_attn.ops.choose.tf32_allowed", lambda: "exact" not in label))
         for module in MODULES:
             patches.enter_context(patch(f"{PACKAGE}.{module}.launch", record))
-        patches.enter_context(patch(f"{PACKAGE}.configs.capability", lambda x: capability))
+        patches.enter_context(patch(f"{PACKAGE}.configs.capability", lambda device: capability))
         op()
     return launches
 
@@ -107,11 +108,15 @@ def weights(d: int, c: int) -> tuple[Any, ...]:
 
 
 def mfa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
-    """MFA's statistics and their gradient."""
+    """MFA's gain and its gradient, in the form that `wrap` gives a layer."""
     ops = importlib.import_module(PACKAGE)
     x, given = features(c, n, layout, dtype), weights(d, c)
-    stats, where = ops.mfa_forward(x, *given)
-    ops.mfa_backward(stats, x, *given, stats, where)
+    vector, alpha = torch.empty(d, device="meta"), torch.empty(c, device="meta")
+    head = [torch.empty(d, 2 * d, device="meta"), vector, torch.empty(d, d, device="meta"), vector, vector[:1], vector]
+    expand = [] if c == d else [torch.empty(c, d, device="meta"), alpha]
+    tail = head, [] if c == d else [vector] * 4, expand, alpha
+    gain, stats, where = ops.mfa_gain_forward(x, *given, *tail)
+    ops.mfa_gain_backward(gain, x, *given, *tail, stats, where)
 
 
 def mifa(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
@@ -134,6 +139,7 @@ def gate(c: int, d: int, n: int, layout: str, dtype: torch.dtype) -> None:
 
 WIDTHS = ((16, 16), (32, 32), (64, 64), (128, 128), (512, 512), (256, 32), (256, 64), (2048, 128))
 SOME_WIDTHS = ((64, 64), (128, 128), (512, 512), (256, 64))
+EXACT_WIDTHS = ((64, 8), (256, 16), (512, 32))  # in float32 without TF32, where no wider ones run
 
 
 def cases() -> Iterable[tuple[Any, tuple[Any, ...], str]]:
@@ -141,9 +147,10 @@ def cases() -> Iterable[tuple[Any, tuple[Any, ...], str]]:
     variants = [(784, "nhwc", torch.bfloat16, WIDTHS), (784, "nchw", torch.bfloat16, SOME_WIDTHS)]
     variants += [(784, "nhwc", dtype, SOME_WIDTHS) for dtype in (torch.float16, torch.float32)]
     variants += [(49, "nchw", torch.bfloat16, SOME_WIDTHS)]
+    variants += [(784, "nhwc", torch.float32, EXACT_WIDTHS)]
     for n, layout, dtype, widths in variants:
         for c, d in widths:
-            name = str(dtype).removeprefix("torch.")
+            name = "exact float32" if widths is EXACT_WIDTHS else str(dtype).removeprefix("torch.")
             label = f"{c}{'' if c == d else f'->{d}'} @ {n} {layout} {name}"
             for op in (mfa, mifa, gate):
                 yield op, (c, d, n, layout, dtype), f"{op.__name__} {label}"

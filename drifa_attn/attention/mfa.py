@@ -292,8 +292,8 @@ class MFA(Refines, nn.Module):
         factor = functional.gain(self.gates(x, mask), self.alpha)
         return factor if mask is None else torch.where(flat_mask(mask).any(1, keepdim=True), factor, 1)
 
-    def attend(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, bool]:
-        """The gate of features x, and whether a fused operator runs for them: the one choice of a forward."""
+    def attend(self, x: Tensor, mask: Tensor | None = None, alpha: Tensor | None = None) -> tuple[Tensor, bool]:
+        """The gate of features x, with alpha their gain, and whether a fused operator runs: the one choice of a forward."""
         hifa, clia = self.hifa.weights(), self.clia.weights()
         squeeze, expand, measured = pair(self.squeeze), pair(self.expand), statistics(self)
         check_features("MFA", x, self.channels, self.layout, self.num_prefix_tokens)
@@ -301,15 +301,14 @@ class MFA(Refines, nn.Module):
         z = positions(x, self.layout, self.num_prefix_tokens)
         way = ops.way(z, self.local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
         weights = hifa, clia, self.global_scale, self.local_scale
-        a = ops.mfa(z, *weights, squeeze=squeeze, expand=expand, statistics=measured, mask=mask, way=way)
-        return a, way == "fused"
+        maps = {"squeeze": squeeze, "expand": expand, "statistics": measured}
+        return ops.mfa(z, *weights, **maps, mask=mask, alpha=alpha, way=way), way == "fused"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The features x, each channel multiplied by its gain; while disabled, x itself."""
         if not self.enabled:
             return x
-        a, fused = self.attend(x, mask)
-        factor = functional.gain(a, self.alpha)
+        factor, fused = self.attend(x, mask, self.alpha)
         return ops.gate(x, factor, self.layout, self.num_prefix_tokens, mask=mask, fused=fused)
 
     def spec(self) -> Spec:

@@ -13,6 +13,8 @@ are four implementations:
 and why. `torch.utils.flop_counter` counts the fused operators too: a counter that is running learns their formulas when one
 is called.
 
+MFA's operator runs up to the gain of each channel: the pooling, and what follows it, `tail`. On a GPU that is two launches.
+
 To add an operator: its equation in `functional`; equal functions in the two backends, `chunked` and `triton`; a `define` in
 `operators` and the function that the layers call; FLOPs in `flops`, if it has products.
 

@@ -2,7 +2,9 @@
 
 Two questions, each asked once. `reference_reason`: do the reference equations run, or a fused operator? It can be compiled. A
 fused operator asks `triton_reason` when it runs: does Triton take this input, or the chunked operators? The answer needs real
-tensors, so it is never part of a compiled graph. This file imports no triton, so that it can say why triton is not used.
+tensors, so it is never part of a compiled graph. On a GPU the first question asks also whether Triton would take the input: the
+chunked operators launch hundreds of small kernels there, and are slower than the equations. They run on a GPU only where
+`use("fused")` asks for their memory. This file imports no triton, so that it can say why triton is not used.
 """
 
 import functools
@@ -36,6 +38,7 @@ MOST_GROUPED = 2**22  # elements of one sample's map, beyond which no group fits
 
 MINIMUM_TRITON = (3, 6)  # interpreted with this version and with 3.8; the configurations were compiled with 3.8
 WIDEST = 4096  # the widest that was compiled; nothing in the layer-wise kernels depends on it
+WIDEST_EXACT = 32  # the widest whose float32 products run without tensor cores: beyond, they would outlast the maps
 
 
 def check_mode(owner: str, mode: str) -> Mode:
@@ -121,8 +124,8 @@ def reference_reason(x: Features, width: int, refused: str | None = None) -> str
     if mode == "fused":
         return None
     if isinstance(x, Tensor):
-        return special_reason(x) or size_reason(x, width)
-    return special_reason(x[0]) or size_reason(largest(x), width, products=1)
+        return special_reason(x) or size_reason(x, width) or kernel_reason([x], width)
+    return special_reason(x[0]) or size_reason(largest(x), width, products=1) or kernel_reason(x, width)
 
 
 def special_reason(x: Tensor) -> str | None:
@@ -153,11 +156,13 @@ def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
         return "without gradients, the compiler fuses the equations itself"
     # For backward, Inductor may recompute a map with other bits than those that its maximum came from. Fused operators store
     # the position of the maximum, and keep less, so compiled code that is trained takes them at any size.
-    if kind == "cuda" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and kind == "cpu":
         return None
     b, _, n = x.shape
     if n == 1:
         return "one position per sample: nothing to pool"
+    if kind == "cuda":
+        return None
     if not trained and products > 1 and x.dtype in (torch.float32, torch.float64) and n * width <= MOST_GROUPED and b:
         return GROUPED
     elements, small = b * n * width, SMALL_TRAINED if trained else SMALL
@@ -165,6 +170,15 @@ def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
         return f"a map of {elements} elements is small: fewer than {small}"
     if products == 1 and not trained:
         return "one product per modality: without gradients, no memory can be saved"
+    return None
+
+
+def kernel_reason(xs: Sequence[Tensor], width: int) -> str | None:
+    """Why the Triton kernels would refuse one of these `b c n` features of a GPU, or None; on a CPU nothing depends on it."""
+    for x in xs:
+        reason = unsupported(x, width) if x.device.type == "cuda" else None
+        if reason:
+            return f"{reason}, and the chunked operators launch more kernels than the equations"
     return None
 
 
@@ -199,15 +213,18 @@ def triton_reason(x: Tensor, width: int | None = None) -> str | None:
 
 def unsupported_by_gate(x: Tensor) -> str | None:
     """Why the Triton gate cannot take `x`, or None."""
-    missing = triton_missing()
-    if missing:
-        return missing
-    if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
-        return f"x is on {x.device}, the kernels run on CUDA"
-    if x.device.type == "cuda" and capability(x) < 80:
-        return f"compute capability {capability(x) / 10} is below 8.0"
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"x is {x.dtype}, the kernels take float16, bfloat16 and float32"
+    return machine_reason(x.device, x.dtype) or shape_reason(x)
+
+
+def unsupported(x: Tensor, width: int) -> str | None:
+    """Why Triton's statistics cannot take `x` (`b c n`) at a width of `width` channels, or None."""
+    if max(width, x.shape[1]) > WIDEST:
+        return f"{max(width, x.shape[1])} channels are more than the {WIDEST} that the kernels were compiled for"
+    return machine_reason(x.device, x.dtype, width) or shape_reason(x)
+
+
+def shape_reason(x: Tensor) -> str | None:
+    """Why the shape or the strides of `x` are beyond the kernels, or None."""
     if 0 in x.shape:
         return f"x is empty: {tuple(x.shape)}"
     if sum(abs(stride) * (size - 1) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True)) >= 2**31:
@@ -215,20 +232,29 @@ def unsupported_by_gate(x: Tensor) -> str | None:
     return None
 
 
-def unsupported(x: Tensor, width: int) -> str | None:
-    """Why Triton's statistics cannot take `x` (`b c n`) at a width of `width` channels, or None."""
-    reason = unsupported_by_gate(x)
-    if reason:
-        return reason
-    if x.shape[2] == 1:
-        return "n = 1: a vector has nothing to pool"
-    if width < 16:
-        return f"width {width} is below 16, the least that tensor cores multiply"
-    if max(width, x.shape[1]) > WIDEST:
-        return f"{max(width, x.shape[1])} channels are more than the {WIDEST} that the kernels were compiled for"
-    if x.dtype == torch.float32 and not interpreting() and not tf32_allowed():
-        return "float32 without TF32 has no tensor cores; torch.backends.cuda.matmul.allow_tf32 = True allows them"
+def machine_reason(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
+    """Why the kernels cannot run on this device in this dtype, the statistics at this width, or None.
+
+    It reads versions, the GPU and switches of PyTorch, so the compiler takes its answer as a constant of the graph.
+    """
+    missing = triton_missing()
+    if missing:
+        return missing
+    if device.type != "cuda" and not (interpreting() and device.type == "cpu"):
+        return f"x is on {device}, the kernels run on CUDA"
+    if device.type == "cuda" and capability(device) < 80:
+        return f"compute capability {capability(device) / 10} is below 8.0"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"x is {dtype}, the kernels take float16, bfloat16 and float32"
+    if width is not None and width > WIDEST_EXACT and dtype == torch.float32 and not interpreting() and not tf32_allowed():
+        return (
+            f"float32 without TF32 has no tensor cores, which a width of {width} > {WIDEST_EXACT} needs; "
+            "torch.backends.cuda.matmul.allow_tf32 = True allows them"
+        )
     return None
+
+
+machine_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
 
 
 @functools.cache  # reading the version takes longer than a small kernel
@@ -248,11 +274,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def capability(x: Tensor) -> int:
-    """The compute capability of the device of `x`, 90 for 9.0; the interpreter counts as 9.0."""
-    if x.device.type != "cuda":
+def capability(device: torch.device) -> int:
+    """The compute capability of a device, 90 for 9.0; the interpreter counts as 9.0."""
+    if device.type != "cuda":
         return 90
-    major, minor = torch.cuda.get_device_capability(x.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

@@ -23,6 +23,9 @@ from drifa_attn.functional import Pair, map_dtype, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
+from . import tail as tails
+from .tail import slope
+
 Weights = Sequence[Tensor]
 
 CHUNK = 2**20  # elements of the map of a chunk: larger maps do not fit the cache
@@ -64,11 +67,6 @@ def chunks(b: int, n: int, d: int) -> Iterator[Chunk]:
 def sigmoid_backward_(grad: Tensor, h: Tensor) -> Tensor:
     """`grad · h(1 − h)`, in the memory of `grad`."""
     return torch.ops.aten.sigmoid_backward.grad_input(grad, h, grad_input=grad)
-
-
-def slope(h: Tensor) -> Tensor:
-    """The derivative of σ where its value is h."""
-    return h * (1 - h)
 
 
 class Mean:
@@ -327,6 +325,42 @@ def mfa_backward(
         source.back(clia1.back(rearrange(q, "s p d -> (s p) d"), z, onto=dz), part, chunk, dx)
     dw, db = zip(*(one.result() for one in products), strict=True)
     return dx, list(dw), list(db), *source.gradients()
+
+
+def mfa_gain_forward(
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    head: Weights,
+    measured: Weights,
+    expand: Weights,
+    alpha: Tensor | None,
+    places: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gain of MFA, `b c`, and what `mfa_forward` gives; the weights behind the pooling as in `tail.Tail`."""
+    stats, where = mfa_forward(x, weights, biases, squeeze_weight, squeeze_bias, places)
+    return tails.forward(stats, tails.Tail(head, measured, expand, alpha)), stats, where
+
+
+def mfa_gain_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    head: Weights,
+    measured: Weights,
+    expand: Weights,
+    alpha: Tensor | None,
+    stats: Tensor,
+    where: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None, list[Tensor]]:
+    """The gradients of `mfa_gain_forward` for that of the gain: those of `mfa_backward`, then those of the tail's weights."""
+    grads, through = tails.backward(grad, stats, tails.Tail(head, measured, expand, alpha))
+    return *mfa_backward(grads, x, weights, biases, squeeze_weight, squeeze_bias, stats, where), through
 
 
 def mifa_forward(

@@ -33,6 +33,45 @@ def mfa_stats_backward(
     return products(x, d, 4 + 2 * 4, squeeze, 1 + 2) + 2 * 2 * x[0] * d * d
 
 
+def tail(x: Shape, head: Sequence[Shape], expand: Sequence[Shape]) -> int:
+    """The FLOPs of the three products behind the pooling of MFA, for the samples of x."""
+    weights = [head[0], head[2], *expand[:1]]
+    return 2 * x[0] * sum(out * into for out, into in weights)
+
+
+def mfa_gain(
+    x: Shape,
+    weights: Sequence[Shape],
+    biases: Any,
+    squeeze: Shape | None,
+    bias: Any,
+    head: Sequence[Shape],
+    measured: Any,
+    expand: Sequence[Shape],
+    *rest: Any,
+    **out: Any,
+) -> int:
+    """Those of `mfa_stats` and of the tail."""
+    return mfa_stats(x, weights, biases, squeeze) + tail(x, head, expand)
+
+
+def mfa_gain_backward(
+    grad: Shape,
+    x: Shape,
+    weights: Sequence[Shape],
+    biases: Any,
+    squeeze: Shape | None,
+    bias: Any,
+    head: Sequence[Shape],
+    measured: Any,
+    expand: Sequence[Shape],
+    *rest: Any,
+    **out: Any,
+) -> int:
+    """Those of `mfa_stats_backward`; the tail is recomputed, and has two products for the gradients of each of its own."""
+    return mfa_stats_backward(grad, x, weights, biases, squeeze) + 3 * tail(x, head, expand)
+
+
 def mifa_stats(x: Shape, weight: Shape, bias: Any, squeeze: Shape | None, *rest: Any, **out: Any) -> int:
     """One product."""
     return products(x, weight[0], 1, squeeze, 1)
@@ -43,7 +82,7 @@ def mifa_stats_backward(grads: Shape, x: Shape, weight: Shape, bias: Any, squeez
     return products(x, weight[0], 1 + 2, squeeze, 1 + 2)
 
 
-FORMULAS = (mfa_stats, mfa_stats_backward, mifa_stats, mifa_stats_backward)
+FORMULAS = (mfa_stats, mfa_stats_backward, mfa_gain, mfa_gain_backward, mifa_stats, mifa_stats_backward)
 
 
 def register() -> None:

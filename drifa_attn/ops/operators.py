@@ -23,6 +23,7 @@ Weights = Sequence[Tensor]
 
 SQUEEZE = "Tensor? squeeze_weight, Tensor? squeeze_bias"
 MFA = f"Tensor x, Tensor[] weights, Tensor[] biases, {SQUEEZE}"
+TAIL = "Tensor[] head, Tensor[] measured, Tensor[] expand, Tensor? alpha"
 MIFA = f"Tensor x, Tensor weight, Tensor bias, {SQUEEZE}, Tensor? present"
 GATE = "Tensor x, Tensor factor, str layout, int num_prefix_tokens"
 
@@ -38,27 +39,27 @@ def mfa(
     expand: Linear | None = None,
     statistics: Statistics | None = None,
     mask: Tensor | None = None,
+    alpha: Tensor | None = None,
     way: Way | None = None,
 ) -> Tensor:
-    """The gate of MFA by the reference equations, in groups or by a fused operator: `functional.mfa`, with one argument more.
+    """The gate of MFA by the reference equations, in groups or by a fused operator: `functional.mfa`, with two arguments more.
 
-    `way` is what `ops.way` answered for x, the linear maps and the mask; None asks it.
+    With `alpha` it is the gain, `functional.gain`. `way` is what `ops.way` answered for x, the linear maps and the mask; None
+    asks it.
     """
     if way is None:
         way = choose.way(x, local_scale.shape[0], [*hifa_weights, *clia_weights, squeeze, expand], mask)
     if way != "fused":
         weights: Any = hifa_weights, clia_weights, global_scale, local_scale
         options: Any = {"squeeze": squeeze, "expand": expand, "statistics": statistics}
-        if way == "grouped":
-            return grouped.mfa(x, *weights, **options)
-        return functional.mfa(x, *weights, **options, mask=mask)
-    *convs, hifa_dense = hifa_weights
-    clia_conv, clia_dense = clia_weights
-    h1, h2, h3, h4, p = mfa_stats(x, cast(Any, [*convs, clia_conv]), cast(Any, squeeze)).unbind(0)  # pairs: it is fused
-    with functional.without_autocast(x):
-        global_info = functional.hifa_info(h1, h2, h3, h4, hifa_dense)
-        local_info = functional.clia_info(p, clia_dense)
-        return functional.fusion_gate(global_info, local_info, global_scale, local_scale, expand, statistics)
+        a = grouped.mfa(x, *weights, **options) if way == "grouped" else functional.mfa(x, *weights, **options, mask=mask)
+        return a if alpha is None else functional.gain(a, alpha)
+    *convs, dense = cast(Any, hifa_weights)  # pairs: it is fused
+    clia1, clia2 = cast(Any, clia_weights)
+    w, b = zip(*convs, clia1, strict=True)
+    inputs = x, list(w), list(b), *(cast(Any, squeeze) or (None, None))
+    tail = [*dense, *clia2, global_scale, local_scale], list(statistics or ()), list(cast(Any, expand) or ()), alpha
+    return call(mfa_gain_op, *inputs, *tail, torch.is_grad_enabled())[0]
 
 
 def mifa(
@@ -214,17 +215,40 @@ def pooled(count: int, extrema: int) -> Callable[..., Any]:
     return fake
 
 
+def gained(x: Tensor, weights: Any, biases: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A fake of the gain, and of the statistics behind it."""
+    return x.new_empty(x.shape[:2], dtype=vector_dtype(x)), *pooled(5, 2)(x, weights, biases)
+
+
+def like_gained(
+    grad: Tensor,
+    x: Tensor,
+    weights: Any,
+    biases: Any,
+    sw: Any,
+    sb: Any,
+    head: Any,
+    measured: Any,
+    expand: Any,
+    alpha: Any,
+    *rest: Any,
+) -> list[Tensor]:
+    """A fake of the gradients: one like every input that has one."""
+    return [torch.empty_like(t) for t in listed((x, weights, biases, sw, sb, head, expand, alpha))]
+
+
 def like_inputs(grads: Tensor, x: Tensor, weights: Any, biases: Any, sw: Any, sb: Any, *rest: Any) -> list[Tensor]:
     """A fake of gradients: one like every input."""
     return [torch.empty_like(t) for t in listed((x, weights, biases, sw, sb))]
 
 
-def keep(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    """Keep for backward what the operator read, x and the weights, and the `b d` vectors that it gave."""
+def keep(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Keep for backward what the operator read, x and the weights, and the statistics and positions that it gave."""
     *inputs, _ = inputs
+    ctx.set_materialize_grads(False)  # statistics and positions that nobody reads have no gradient, not zeros
     ctx.lengths = [len(value) if isinstance(value, list) else None for value in inputs]
     flat = [t for value in inputs for t in (value if isinstance(value, list) else [value])]
-    ctx.save_for_backward(*flat, *output)
+    ctx.save_for_backward(*flat, *output[-2:])
 
 
 def kept(ctx: Any) -> list[Any]:
@@ -238,6 +262,17 @@ def mfa_gradients(ctx: Any, grads: Tensor, _: Tensor) -> tuple[Any, ...]:
     """The gradients of the inputs of `mfa_stats_op`."""
     dx, *rest = call(mfa_stats_backward_op, grads, *kept(ctx))
     return dx, rest[:5], rest[5:10], *(rest[10:] or (None, None)), None
+
+
+def mfa_gain_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    """The gradients of the inputs of `mfa_gain_op`; the measured statistics have none."""
+    *inputs, head, measured, expand, alpha, _, _ = given = kept(ctx)
+    dx, *rest = call(mfa_gain_backward_op, grad, *given)
+    squeeze = rest[10 : len(rest) - len(head) - len(expand) - (alpha is not None)]
+    tail = rest[10 + len(squeeze) :]
+    of_expand, of_alpha = tail[6 : 6 + len(expand)], tail[-1] if alpha is not None else None
+    before = dx, rest[:5], rest[5:10], *(squeeze or (None, None))
+    return *before, tail[:6], [None] * len(measured), of_expand, of_alpha, None
 
 
 def mifa_gradients(ctx: Any, grads: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -271,6 +306,23 @@ mfa_stats_backward_op = define(
     f"(Tensor grads, {MFA}, Tensor stats, Tensor where) -> Tensor[]",
     "mfa_backward",
     fake=like_inputs,
+    x=1,
+    bias=3,
+)
+mfa_gain_op = define(
+    "mfa_gain",
+    f"({MFA}, {TAIL}, bool places) -> (Tensor, Tensor, Tensor)",
+    "mfa_gain_forward",
+    fake=gained,
+    bias=2,
+    gradients=mfa_gain_gradients,
+    keep=keep,
+)
+mfa_gain_backward_op = define(
+    "mfa_gain_backward",
+    f"(Tensor grad, {MFA}, {TAIL}, Tensor stats, Tensor where) -> Tensor[]",
+    "mfa_gain_backward",
+    fake=like_gained,
     x=1,
     bias=3,
 )

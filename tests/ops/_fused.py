@@ -79,11 +79,11 @@ def stored(x, layout):
 
 @st.composite
 def problems(draw, squeezes=True):
-    """Awkward shapes: odd widths around the tile sizes, few and many positions, every layout."""
-    c = draw(st.sampled_from([16, 17, 24, 33, 64, 65, 130]))
-    d = draw(st.sampled_from([None, 16, 19, 40])) if squeezes else None
+    """Awkward shapes: odd widths around and below the tile sizes, few and many positions, every layout."""
+    c = draw(st.sampled_from([3, 8, 16, 17, 24, 33, 64, 65, 130]))
+    d = draw(st.sampled_from([None, 8, 16, 19, 40])) if squeezes else None
     c = draw(st.sampled_from([1, 3, c])) if d else c
-    n = draw(st.sampled_from([2, 7, 16, 49, 65, 100]))
+    n = draw(st.sampled_from([1, 2, 7, 16, 49, 65, 100]))
     layout, dtype = draw(st.sampled_from(["nchw", "nhwc", "sliced"])), draw(st.sampled_from(DTYPES))
     return Problem(draw(st.integers(1, 2)), c, n, d, layout, dtype, draw(st.integers(0, 2**16)))
 

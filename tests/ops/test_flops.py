@@ -38,10 +38,11 @@ def test_products_are_counted(name):
         y, ours = counted(lambda: layer(x))
         _, back = counted(lambda: sum(one.sum() for one in listed(y)).backward())
     assert sum(ours.values()) == sum(plain.values())
-    op = "mfa_stats" if "mfa" in name else "mifa_stats"
-    assert ours[op] == 2 * B * N * (forward * d * d + squeezes * d * C)
-    sparse = 2 * 2 * B * d * d if op == "mfa_stats" else 0
-    assert back[f"{op}_backward"] == 2 * B * N * (backward * d * d + 3 * squeezes * d * C) + sparse
+    op = "mfa_gain" if "mfa" in name else "mifa_stats"
+    tail = 2 * B * (3 * d * d + squeezes * d * C) if op == "mfa_gain" else 0
+    assert ours[op] == 2 * B * N * (forward * d * d + squeezes * d * C) + tail
+    sparse = 2 * 2 * B * d * d if op == "mfa_gain" else 0
+    assert back[f"{op}_backward"] == 2 * B * N * (backward * d * d + 3 * squeezes * d * C) + sparse + 3 * tail
 
 
 @pytest.mark.parametrize("mode", ["fused", "reference"])

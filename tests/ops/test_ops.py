@@ -217,6 +217,10 @@ def test_ops_pass_opcheck(squeezed):
     x = leaf(2, c, 9)
     weights, biases = [leaf(d, d) for _ in range(5)], [leaf(d) for _ in range(5)]
     torch.library.opcheck(operators.mfa_stats_op, (x, weights, biases, *squeeze, True))
+    head = [leaf(d, 2 * d), leaf(d), leaf(d, d), leaf(d), leaf(1), leaf(d)]
+    measured = [torch.randn(d), torch.rand(d) + 1] * 2 if squeezed else []
+    tail = head, measured, [leaf(c, d), leaf(c)] if squeezed else [], leaf(c) if squeezed else None
+    torch.library.opcheck(operators.mfa_gain_op, (x, weights, biases, *squeeze, *tail, True))
     present = torch.tensor([True, False])
     torch.library.opcheck(operators.mifa_stats_op, (x, leaf(d, d), leaf(d), *squeeze, present, True))
     torch.library.opcheck(operators.gate_op, (x, torch.rand(2, c, requires_grad=True), "b c ...", 0))
@@ -270,7 +274,7 @@ def test_compiled_graphs_hold_the_ops_at_any_size(mode):
     with ops.use(mode):
         torch.compile(MFA(8), fullgraph=True, backend=keep)(torch.randn(2, 8, 30))
     names = {str(node.target) for node in graphs[0].graph.nodes}
-    assert {"drifa_attn.mfa_stats.default", "drifa_attn.gate.default"} <= names, names
+    assert {"drifa_attn.mfa_gain.default", "drifa_attn.gate.default"} <= names, names
 
 
 def test_exported_graphs_need_no_library_unless_asked():
@@ -282,7 +286,7 @@ def test_exported_graphs_need_no_library_unless_asked():
 
     assert not any("drifa_attn" in name for name in names())
     with ops.use("fused"):
-        assert any("drifa_attn.mfa_stats" in name for name in names())
+        assert any("drifa_attn.mfa_gain" in name for name in names())
 
 
 def test_second_derivatives_are_refused():
@@ -346,12 +350,12 @@ def test_reference_mode_is_functional():
     assert_same_math(*(torch.autograd.grad(a.sum(), x)[0] for a in (gate, expected)))
 
 
-@pytest.mark.parametrize(("name", "more"), [("mfa", "way"), ("mifa", "fused")])
+@pytest.mark.parametrize(("name", "more"), [("mfa", ("alpha", "way")), ("mifa", ("fused",))])
 def test_signatures_are_those_of_functional(name, more):
     """The operators take what the equations take, and what was chosen."""
     ours, equations = (inspect.signature(getattr(module, name)) for module in (ops, functional))
     parameters = dict(ours.parameters)
-    assert parameters.pop(more).default is None
+    assert [parameters.pop(one).default for one in more] == [None] * len(more)
     assert list(parameters.values()) == list(equations.parameters.values())
     assert ours.return_annotation == equations.return_annotation
 

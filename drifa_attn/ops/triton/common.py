@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from drifa_attn.ops import choose
 from drifa_attn.ops.choose import interpreting
 
 INTERPRET = tl.constexpr(interpreting())
@@ -33,16 +33,14 @@ def strides(name: str, t: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": stride for axis, stride in zip("bcn", t.stride(), strict=True)}
 
 
-def packed(weights: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
-    """Equal weights or biases in one zero-padded tensor: `l d [d] -> l width [width]`."""
-    stacked = torch.stack(list(weights)).to(dtype)
-    padding = [0, width - stacked.shape[1]] * (stacked.ndim - 1)
-    return F.pad(stacked, padding) if any(padding) else stacked
+def named(names: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Weights as kernel arguments, each in its own memory and dtype: a kernel casts and pads what it loads."""
+    return {name: t.contiguous() for name, t in zip(names.split(), tensors, strict=True)}
 
 
 def precision() -> str:
-    """How float32 operands are multiplied; the interpreter always multiplies exactly."""
-    return "ieee" if interpreting() else "tf32"
+    """How float32 operands are multiplied: exactly, unless PyTorch's switch allows TF32. The interpreter always is exact."""
+    return "tf32" if choose.tf32_allowed() and not interpreting() else "ieee"
 
 
 @triton.jit
@@ -104,6 +102,77 @@ def pull(total, everywhere, vectors, positions, b, p, PULLS: tl.constexpr, width
     return total
 
 
+@triton.jit
+def weight_tile(
+    weight, zero, stride, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    """A weight of ROWS rows and COLUMNS columns as a tile `R C` in `dtype`; the padding is zero.
+
+    `zero` is 0, which the compiler cannot know. Otherwise it would move the load out of a loop, and spill.
+    """
+    row, column = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    if ROWS == R and COLUMNS == C:
+        w = tl.load(weight + zero + row * stride + column)
+    else:
+        w = tl.load(weight + zero + row * stride + column, mask=(row < ROWS) & (column < COLUMNS), other=0.0)
+    if w.dtype == dtype:
+        return w
+    else:
+        return rounded(w.to(tl.float32), dtype)
+
+
+@triton.jit
+def vector(values, zero, WIDTH: tl.constexpr, D: tl.constexpr):
+    """WIDTH values in float32, as a tile of D; the padding is zero. `zero` as in `weight_tile`."""
+    row = tl.arange(0, D)
+    if WIDTH == D:
+        return tl.load(values + zero + row).to(tl.float32)
+    else:
+        return tl.load(values + zero + row, mask=row < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def total_of(parts, b, chunks, s: tl.constexpr, STATS: tl.constexpr, row, width, padded, CHUNKS: tl.constexpr):
+    """The sum of statistic `s` of sample b over its chunks, in their order: of `b chunks STATS padded`, the channels `row`."""
+    total = tl.zeros(row.shape, tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        mask = (chunk < chunks)[None, :] & (row < width)[:, None]
+        total += tl.sum(
+            tl.load(parts + ((b * chunks + chunk[None, :]) * STATS + s) * padded + row[:, None], mask=mask, other=0.0), 1
+        )
+    return total
+
+
+@triton.jit
+def peak_of(
+    parts,
+    spots,
+    b,
+    chunks,
+    s: tl.constexpr,
+    k: tl.constexpr,
+    STATS: tl.constexpr,
+    PEAKS: tl.constexpr,
+    row,
+    width,
+    padded,
+    CHUNKS: tl.constexpr,
+):
+    """The maximum over its chunks of statistic `s` of sample b, maximum number `k`, and its first position."""
+    top = tl.full(row.shape, float("-inf"), tl.float32)
+    at = tl.zeros(row.shape, tl.int32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        mask = (chunk < chunks)[None, :] & (row < width)[:, None]
+        place = b * chunks + chunk[None, :]
+        values = tl.load(parts + (place * STATS + s) * padded + row[:, None], mask=mask, other=float("-inf"))
+        positions = tl.load(spots + (place * PEAKS + k) * padded + row[:, None], mask=mask, other=NOWHERE)
+        new_top = tl.max(values, 1)
+        top, at = higher(top, at, new_top, tl.min(tl.where(values == new_top[:, None], positions, NOWHERE), 1))
+    return top, at
+
+
 @triton.constexpr_function
 def bit(bits, s):
     """Whether bit `s` is set."""
@@ -145,31 +214,15 @@ def finish_kernel(
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     inside = row < width
     for s in tl.static_range(STATS):
-        total = tl.zeros((ROWS,), tl.float32)
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        at = tl.zeros((ROWS,), tl.int32)
-        for first in range(0, chunks, CHUNKS):
-            chunk = first + tl.arange(0, CHUNKS)
-            mask = (chunk < chunks)[None, :] & inside[:, None]
-            place = b * chunks + chunk[None, :]
-            values = tl.load(
-                parts + (place * STATS + s) * padded + row[:, None],
-                mask=mask,
-                other=float("-inf") if bit(PEAK_BITS, s) else 0.0,
-            )
-            if bit(PEAK_BITS, s):
-                positions = tl.load(
-                    spots + (place * PEAKS + ones_below(PEAK_BITS, s)) * padded + row[:, None], mask=mask, other=NOWHERE
-                )
-                new_top = tl.max(values, 1)
-                top, at = higher(top, at, new_top, tl.min(tl.where(values == new_top[:, None], positions, NOWHERE), 1))
-            else:
-                total += tl.sum(values, 1)
-        value = total / n
         if bit(PEAK_BITS, s):
-            value = -top if bit(NEGATED_BITS, s) else top
+            k: tl.constexpr = ones_below(PEAK_BITS, s)
+            value, at = peak_of(parts, spots, b, chunks, s, k, STATS, PEAKS, row, width, padded, CHUNKS)
+            if bit(NEGATED_BITS, s):
+                value = -value
             # if all values are NaN, no position has the maximum
-            tl.store(where + (ones_below(PEAK_BITS, s) * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
+            tl.store(where + (k * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
+        else:
+            value = total_of(parts, b, chunks, s, STATS, row, width, padded, CHUNKS) / n
         if bit(SIGMOID_BITS, s):
             value = sigmoid(value)
         tl.store(stats + (s * samples + b) * width + row, value, mask=inside)

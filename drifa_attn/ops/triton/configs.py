@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drifa_attn.ops.choose import capability, interpreting
+from drifa_attn.ops.choose import WIDEST_EXACT, capability, interpreting
 
 WIDEST_CHAIN = 128  # wider, the weights of one chain do not fit beside its maps
 
@@ -63,12 +63,14 @@ CHAIN = {
     },
 }
 # Padded width -> configuration, for gradients that are multiplied in 2 bytes. In 4 bytes, and at width 64 on 8.0, spills are
-# heavy. At 64 on 9.0 some remain (a stack of up to 224 bytes): half the tile leaves few, but reads all weights twice as often.
+# heavy. At 64 on 9.0 some remain (a stack of about 250 bytes), at 32 few (40): half the tile leaves few, but reads all weights
+# twice as often.
 CHAIN_BACK = {
     90: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8), 64: Chain(32, 1, 4)},
     80: {16: Chain(64, 1, 4), 32: Chain(64, 1, 8)},
 }
 PROGRAMS = 264  # of the backward pass of the chain: two per multiprocessor of an H100; one number, so that sums never differ
+SPLITS = 64  # of a batch at most, in the gradient of a squeeze
 # bytes of an operand -> configuration
 PRODUCT = {
     90: {2: Product(128, 64, 8, 3), 4: Product(128, 32, 8, 3)},
@@ -79,7 +81,7 @@ POSITIONS = 128  # of a tile of a product, for all operands, so that all product
 
 def row(table: dict, x: Tensor) -> dict:
     """The rows of `table` for the device of `x`."""
-    return table[90 if capability(x) >= 90 else 80]
+    return table[90 if capability(x.device) >= 90 else 80]
 
 
 def positions(n: int) -> int:
@@ -128,7 +130,10 @@ def fitted(chosen: Chain, n: int) -> Chain:
 
 def chain(x: Tensor, padded: int, itemsize: int) -> Chain:
     """The configuration of the chain over `x` at a padded width, if its widest operands have `itemsize` bytes."""
-    return fitted(row(CHAIN, x)[padded, itemsize], x.shape[2])
+    chosen = row(CHAIN, x)[padded, itemsize]
+    if itemsize == 4 and padded <= WIDEST_EXACT:  # without tensor cores a tile of 64 spills; one rule, whatever TF32 says
+        chosen = chosen._replace(positions=min(chosen.positions, 32))
+    return fitted(chosen, x.shape[2])
 
 
 def chain_back(x: Tensor, padded: int) -> Chain | None:

@@ -6,16 +6,31 @@ Differs: the gradient of a maximum goes to the first of tied positions alone, wh
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from drifa_attn.ops import tail as tails
+from drifa_attn.ops.tail import Tail
+
 from . import configs as config
-from .common import Pools, finish, higher, launch, packed, partials, peak, precision, product, rounded, sigmoid
+from .common import (
+    Pools,
+    finish,
+    higher,
+    launch,
+    named,
+    partials,
+    peak,
+    precision,
+    product,
+    rounded,
+    sigmoid,
+    vector,
+    weight_tile,
+)
 from .mfa_backward import chain_backward
 from .products import (
     MAX,
@@ -35,6 +50,8 @@ from .products import (
     unbounded,
     weight_gradient,
 )
+from .tail import tail_forward
+from .tail_backward import tail_backward
 
 Weights = Sequence[Tensor]
 
@@ -42,19 +59,26 @@ POOLS = Pools(stats=5, peaks=0b01010, negated=0, sigmoids=0b01010)  # mean h1, m
 
 
 @triton.jit
-def chain_layer(weights, biases, layer: tl.constexpr, h, D: tl.constexpr, PRECISION: tl.constexpr):
+def chain_layer(weight, bias, zero, h, dtype: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
     """`W h + bias` of one layer of the chain; the padding of both is zero."""
-    row = tl.arange(0, D)
-    w = tl.load(weights + layer * D * D + row[:, None] * D + row[None, :])
+    w = weight_tile(weight, zero, WIDTH, dtype, WIDTH, WIDTH, D, D)
     z = product(w, h, tl.zeros((D, h.shape[1]), tl.float32), PRECISION)
-    return z + tl.load(biases + layer * D + row)[:, None]
+    return z + vector(bias, zero, WIDTH, D)[:, None]
 
 
 @triton.jit
 def chain_kernel(
     x,
-    weights,
-    biases,
+    conv1,
+    conv2,
+    conv3,
+    conv4,
+    clia1,
+    bias1,
+    bias2,
+    bias3,
+    bias4,
+    clia_bias1,
     squeeze,
     squeeze_bias,
     parts,
@@ -65,8 +89,8 @@ def chain_kernel(
     x_c,
     x_n,
     zero,
+    WIDTH: tl.constexpr,
     D: tl.constexpr,
-    SQUEEZE: tl.constexpr,
     PRECISION: tl.constexpr,
     POSITIONS: tl.constexpr,
     TILES: tl.constexpr,
@@ -74,8 +98,7 @@ def chain_kernel(
 ):
     """All five layers of TILES tiles of positions of one sample: writes sums and maxima before σ to `parts`, and `spots`.
 
-    weights `5 D D` and biases `5 D`, in the order conv1, conv2, conv3, conv4, clia.conv1 and zero-padded to D. `zero` is 0,
-    which the compiler cannot know. Otherwise it would move the loads of the weights out of the loop, and spill.
+    The weights are WIDTH wide; their tiles are D wide, in the dtype of `x`. `zero` is 0, see `weight_tile`.
     """
     chunks = tl.cdiv(n, POSITIONS * TILES)
     b = (tl.program_id(0) // chunks).to(tl.int64)
@@ -93,33 +116,34 @@ def chain_kernel(
         p = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
         ok = (p < n)[None, :]
         live = tl.where(ok, 1.0, 0.0)
-        w, v = weights + tile * zero, biases + tile * zero
+        none = tile * zero
         here = x + b * x_b + p[None, :] * x_n
-        if SQUEEZE:
+        if squeeze is not None:
             total = tl.zeros((D, POSITIONS), tl.float32)
             for first in range(0, c, DEPTH):
                 k = first + tl.arange(0, DEPTH)
-                s = tl.load(squeeze + row[:, None] * c + k[None, :], mask=(k < c)[None, :], other=0.0)
+                s = tl.load(squeeze + row[:, None] * c + k[None, :], mask=(row < WIDTH)[:, None] & (k < c)[None, :], other=0.0)
+                s = rounded(s.to(tl.float32), dtype)
                 a = tl.load(here + k[:, None] * x_c, mask=(k < c)[:, None] & ok, other=0.0)
                 total = product(s, a, total, PRECISION)
-            total += tl.load(squeeze_bias + row)[:, None]
+            total += vector(squeeze_bias, none, WIDTH, D)[:, None]
             if dtype == tl.float16:  # whose range may not hold z
                 z = total
             else:
                 z = rounded(total, dtype)
         else:
             z = tl.load(here + row[:, None] * x_c, mask=(row < c)[:, None] & ok, other=0.0)
-        sum_t += tl.sum(sigmoid(chain_layer(w, v, 4, z, D, PRECISION)) * live, 1)
-        h = sigmoid(chain_layer(w, v, 0, z, D, PRECISION))
+        sum_t += tl.sum(sigmoid(chain_layer(clia1, clia_bias1, none, z, dtype, WIDTH, D, PRECISION)) * live, 1)
+        h = sigmoid(chain_layer(conv1, bias1, none, z, dtype, WIDTH, D, PRECISION))
         sum1 += tl.sum(h * live, 1)
         h1 = rounded(h, dtype)
-        h = chain_layer(w, v, 1, h1, D, PRECISION)
+        h = chain_layer(conv2, bias2, none, h1, dtype, WIDTH, D, PRECISION)
         top, at = peak(h, ok, p)
         top2, at2 = higher(top2, at2, top, at)
         h12 = rounded(sigmoid(h) + h1.to(tl.float32), dtype)
-        h = sigmoid(chain_layer(w, v, 2, h12, D, PRECISION))
+        h = sigmoid(chain_layer(conv3, bias3, none, h12, dtype, WIDTH, D, PRECISION))
         sum3 += tl.sum(h * live, 1)
-        top, at = peak(chain_layer(w, v, 3, rounded(h, dtype), D, PRECISION), ok, p)
+        top, at = peak(chain_layer(conv4, bias4, none, rounded(h, dtype), dtype, WIDTH, D, PRECISION), ok, p)
         top4, at4 = higher(top4, at4, top, at)
     slot = b * chunks + chunk
     tl.store(parts + (slot * 5 + 0) * D + row, sum1)
@@ -131,15 +155,13 @@ def chain_kernel(
     tl.store(spots + (slot * 2 + 1) * D + row, at4)
 
 
-def chain_forward(
+def chain_parts(
     x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`mfa_forward` in one pass."""
+    """The sums and maxima of every chunk, and the positions of the maxima: see `chain_kernel`."""
     (b, c, n), d = x.shape, weights[0].shape[0]
     padded = config.power_of_two(d)
-    squeezed = squeeze_weight is not None
-    squeeze = None if squeeze_weight is None else F.pad(squeeze_weight.to(x.dtype), [0, 0, 0, padded - d])
-    chosen = config.chain(x, padded, (unbounded(x) if squeezed else x.dtype).itemsize)
+    chosen = config.chain(x, padded, (x.dtype if squeeze_weight is None else unbounded(x)).itemsize)
     chunks = triton.cdiv(n, chosen.positions * chosen.tiles)
     parts, spots = partials(x, POOLS, chunks, padded)
     launch(
@@ -147,10 +169,10 @@ def chain_forward(
         b * chunks,
         x,
         x=x,
-        weights=packed(weights, padded, x.dtype),
-        biases=packed(biases, padded, torch.float32),
-        squeeze=squeeze,
-        squeeze_bias=None if squeeze_bias is None else F.pad(squeeze_bias.float(), [0, padded - d]),
+        **named("conv1 conv2 conv3 conv4 clia1", weights),
+        **named("bias1 bias2 bias3 bias4 clia_bias1", biases),
+        squeeze=None if squeeze_weight is None else squeeze_weight.contiguous(),
+        squeeze_bias=None if squeeze_bias is None else squeeze_bias.contiguous(),
         parts=parts,
         spots=spots,
         n=n,
@@ -159,8 +181,8 @@ def chain_forward(
         x_c=x.stride(1),
         x_n=x.stride(2),
         zero=0,
+        WIDTH=d,
         D=padded,
-        SQUEEZE=squeezed,
         PRECISION=precision(),
         POSITIONS=chosen.positions,
         TILES=chosen.tiles,
@@ -168,7 +190,14 @@ def chain_forward(
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    return finish(x, POOLS, parts, spots, d)
+    return parts, spots
+
+
+def chain_forward(
+    x: Tensor, weights: Weights, biases: Weights, squeeze_weight: Tensor | None, squeeze_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`mfa_forward` in one pass."""
+    return finish(x, POOLS, *chain_parts(x, weights, biases, squeeze_weight, squeeze_bias), weights[0].shape[0])
 
 
 def layerwise_forward(
@@ -177,7 +206,7 @@ def layerwise_forward(
     """`mfa_forward` with one product per layer."""
     d = weights[0].shape[0]
     (conv1, conv2, conv3, conv4, local) = zip(
-        [w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases], strict=True
+        [w.to(x.dtype).contiguous() for w in weights], [v.contiguous() for v in biases], strict=True
     )
     parts, spots = partials(x, POOLS, tiles_of(x), d)
     h1, h12, h3 = (new_map(x, d, x.dtype) for _ in range(3))
@@ -208,6 +237,50 @@ def mfa_forward(
     """
     chained = weights[0].shape[0] <= config.WIDEST_CHAIN
     return (chain_forward if chained else layerwise_forward)(x, weights, biases, squeeze_weight, squeeze_bias)
+
+
+def mfa_gain_forward(
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    head: Weights,
+    measured: Weights,
+    expand: Weights,
+    alpha: Tensor | None,
+    places: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gain of MFA, `b c`, and what `mfa_forward` gives: the chain and the tail, one launch each, or a launch per layer."""
+    inputs, tail = (x, weights, biases, squeeze_weight, squeeze_bias), Tail(head, measured, expand, alpha)
+    if weights[0].shape[0] <= config.WIDEST_CHAIN:
+        return tail_forward(x, *chain_parts(*inputs), tail)
+    stats, where = layerwise_forward(*inputs)
+    return tails.forward(stats, tail), stats, where
+
+
+def mfa_gain_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    head: Weights,
+    measured: Weights,
+    expand: Weights,
+    alpha: Tensor | None,
+    stats: Tensor,
+    where: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None, list[Tensor]]:
+    """The gradients of `mfa_gain_forward` for that of the gain: those of `mfa_backward`, then those of the tail's weights."""
+    tail, n = Tail(head, measured, expand, alpha), x.shape[2]
+    if weights[0].shape[0] <= config.WIDEST_CHAIN:
+        reaching, through = tail_backward(grad, x, stats, tail)
+    else:
+        grads, through = tails.backward(grad, stats, tail)
+        reaching = reaching_maps(grads, stats, n)
+    return *maps_backward(reaching, x, weights, biases, squeeze_weight, squeeze_bias, where), through
 
 
 def layerwise_core(
@@ -251,23 +324,39 @@ def mfa_backward(
 
     Shape: grads and stats `5 b d`, where `2 b d`; -> those of x, weights, biases and, None without a squeeze, its two.
     """
-    d, n, dx = weights[0].shape[0], x.shape[2], torch.empty_like(x)
+    return maps_backward(reaching_maps(grads, stats, x.shape[2]), x, weights, biases, squeeze_weight, squeeze_bias, where)
+
+
+def reaching_maps(grads: Tensor, stats: Tensor, n: int) -> Tensor:
+    """The gradients of the maps from those of the statistics, `5 b d`: what `layerwise_core` takes."""
     g1, g2, g3, g4, gl = grads.float().contiguous()
-    reaching = torch.stack([g1 / n, g2, g3 / n, g4 * stats[3] * (1 - stats[3]), gl / n])
-    weights_, biases_ = [w.to(x.dtype).contiguous() for w in weights], [v.float() for v in biases]
-    chain = config.chain_back(x, config.power_of_two(d))
-    core = layerwise_core if chain is None else partial(chain_backward, chain)
+    return torch.stack([g1 / n, g2, g3 / n, g4 * stats[3] * (1 - stats[3]), gl / n])
+
+
+def maps_backward(
+    reaching: Tensor,
+    x: Tensor,
+    weights: Weights,
+    biases: Weights,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
+    where: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """The gradients of x, weights, biases and squeeze from those that reach the maps: the chain, or a few samples at a time."""
+    chain = config.chain_back(x, config.power_of_two(weights[0].shape[0]))
+    if chain is not None:
+        return chain_backward(chain, reaching, x, weights, biases, squeeze_weight, squeeze_bias, where)
+    d, dx = weights[0].shape[0], torch.empty_like(x)
+    weights_, biases_ = [w.to(x.dtype).contiguous() for w in weights], [v.contiguous() for v in biases]
 
     def samples(s: slice) -> list[Tensor]:
         z = squeezed_map(x[s], squeeze_weight, squeeze_bias)
         dz = dx[s] if squeeze_weight is None else new_map(z, d, unbounded(x))
-        dw, db = core(z, weights_, biases_, reaching[:, s], where[:, s], dz)
+        dw, db = layerwise_core(z, weights_, biases_, reaching[:, s], where[:, s], dz)
         through = [] if squeeze_weight is None else squeeze_back(dz, x[s], squeeze_weight, dx[s])
         return [*dw, *db, *through]
 
-    # without a squeeze, the chain writes no map except dz, so the batch need not be cut
-    parts = [slice(None)] if chain and squeeze_weight is None else sample_chunks(x, d)
-    gradients = summed(samples(s) for s in parts)
+    gradients = summed(samples(s) for s in sample_chunks(x, d))
     dw, db = cast_like(gradients[:5], weights), cast_like(gradients[5:10], biases)
     if squeeze_weight is None or squeeze_bias is None:
         return dx, dw, db, None, None

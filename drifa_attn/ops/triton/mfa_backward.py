@@ -1,52 +1,51 @@
 """The gradient of MFA's chain in one pass, for narrow widths.
 
 For each tile it recomputes the maps and differentiates them in registers. Each program takes a fixed run of tiles and writes
-one slab of weight gradients; the slabs are then added in a fixed order.
+one slab of weight gradients; a second kernel adds the slabs in a fixed order, and writes them in the dtypes of the weights.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
 from . import configs as config
-from .common import launch, packed, precision, product, rounded, sigmoid, strides
-from .products import layer, new_map, unbounded
+from .common import launch, named, precision, product, rounded, sigmoid, strides, vector, weight_tile
+from .products import back, new_map, split, squeezed_map, unbounded, weight_slabs
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
-def weight_tile(weights, index: tl.constexpr, D: tl.constexpr):
-    """The weight of one layer, from `l D D`."""
+def column(values, width, D: tl.constexpr):
+    """Values of one sample, `width`, as a column of a tile; the padding is zero."""
     row = tl.arange(0, D)
-    return tl.load(weights + index * D * D + row[:, None] * D + row[None, :])
-
-
-@triton.jit
-def vector(vectors, index: tl.constexpr, D: tl.constexpr):
-    """One row of `l D`, as a column of a tile."""
-    return tl.load(vectors + index * D + tl.arange(0, D))[:, None]
+    return tl.load(values + row, mask=row < width, other=0.0)[:, None]
 
 
 @triton.jit
 def chain_back_kernel(
     z,
-    weights,
-    biases,
+    conv1,
+    conv2,
+    conv3,
+    conv4,
+    clia1,
+    bias1,
+    bias2,
+    bias3,
+    clia_bias1,
     grads,
     where,
     dz,
     slabs,
     sums,
+    samples,
     tiles,
     total,
     n,
-    d,
     z_b,
     z_c,
     z_n,
@@ -55,6 +54,7 @@ def chain_back_kernel(
     dz_n,
     zero,
     Q: tl.constexpr,
+    WIDTH: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -62,8 +62,8 @@ def chain_back_kernel(
 ):
     """dz, and the sums over TILES tiles of the gradients of conv1, conv2, conv3 and clia.conv1 (`4 D D`, `4 D`).
 
-    grads `b 5 D`, in the order h1, h2, h3, h4, t: of h1, h3 and t at every position, of h2 at its maximum, of h4 at its
-    maximum and before σ. where `b 2 D`. weights and biases as in the forward chain. Q: the dtype of gradients in products.
+    grads `5 b WIDTH`, in the order h1, h2, h3, h4, t: of h1, h3 and t at every position, of h2 at its maximum, of h4 at its
+    maximum and before σ. where `2 b WIDTH`. Weights and biases as in the forward chain. Q: the dtype of gradients in products.
     """
     dtype: tl.constexpr = z.dtype.element_ty
     row = tl.arange(0, D)
@@ -80,40 +80,59 @@ def chain_back_kernel(
         b = (item // tiles).to(tl.int64)
         p = item % tiles * POSITIONS + tl.arange(0, POSITIONS)
         ok = (p < n)[None, :]
-        mask = (row < d)[:, None] & ok
-        w, v, g = weights + item * zero, biases + item * zero, grads + b * 5 * D
-        at2 = tl.load(where + b * 2 * D + row)[:, None] == p[None, :]
-        at4 = tl.load(where + (b * 2 + 1) * D + row)[:, None] == p[None, :]
+        mask = (row < WIDTH)[:, None] & ok
+        still, g, step = item * zero, grads + b * WIDTH, samples * WIDTH
+        at2 = tl.load(where + b * WIDTH + row, mask=row < WIDTH, other=-1)[:, None] == p[None, :]
+        at4 = tl.load(where + step + b * WIDTH + row, mask=row < WIDTH, other=-1)[:, None] == p[None, :]
         none = tl.zeros((D, POSITIONS), tl.float32)
         a = tl.load(z + b * z_b + row[:, None] * z_c + p[None, :] * z_n, mask=mask, other=0.0)
-        h1 = rounded(sigmoid(product(weight_tile(w, 0, D), a, none, PRECISION) + vector(v, 0, D)), dtype)
-        h2 = sigmoid(product(weight_tile(w, 1, D), h1, none, PRECISION) + vector(v, 1, D))
+        h1 = rounded(
+            sigmoid(
+                product(weight_tile(conv1, still, WIDTH, dtype, WIDTH, WIDTH, D, D), a, none, PRECISION)
+                + vector(bias1, still, WIDTH, D)[:, None]
+            ),
+            dtype,
+        )
+        h2 = sigmoid(
+            product(weight_tile(conv2, still, WIDTH, dtype, WIDTH, WIDTH, D, D), h1, none, PRECISION)
+            + vector(bias2, still, WIDTH, D)[:, None]
+        )
         h12 = rounded(h1.to(tl.float32) + h2, dtype)
-        h3 = sigmoid(product(weight_tile(w, 2, D), h12, none, PRECISION) + vector(v, 2, D))
-        q4 = rounded(tl.where(at4, vector(g, 3, D), 0.0), Q)
-        d3 = product(tl.trans(weight_tile(w, 3, D)), q4, none, PRECISION) + vector(g, 2, D)
+        h3 = sigmoid(
+            product(weight_tile(conv3, still, WIDTH, dtype, WIDTH, WIDTH, D, D), h12, none, PRECISION)
+            + vector(bias3, still, WIDTH, D)[:, None]
+        )
+        q4 = rounded(tl.where(at4, column(g + 3 * step, WIDTH, D), 0.0), Q)
+        d3 = product(tl.trans(weight_tile(conv4, still, WIDTH, dtype, WIDTH, WIDTH, D, D)), q4, none, PRECISION) + column(
+            g + 2 * step, WIDTH, D
+        )
         q = tl.where(ok, d3 * h3 * (1.0 - h3), 0.0)
         db3 += tl.sum(q, 1)
         q = rounded(q, Q)
         dw3 = product(q, tl.trans(h12), dw3, PRECISION)
-        s = product(tl.trans(weight_tile(w, 2, D)), q, none, PRECISION)
-        q = tl.where(ok, (s + tl.where(at2, vector(g, 1, D), 0.0)) * h2 * (1.0 - h2), 0.0)
+        s = product(tl.trans(weight_tile(conv3, still, WIDTH, dtype, WIDTH, WIDTH, D, D)), q, none, PRECISION)
+        q = tl.where(ok, (s + tl.where(at2, column(g + 1 * step, WIDTH, D), 0.0)) * h2 * (1.0 - h2), 0.0)
         db2 += tl.sum(q, 1)
         q = rounded(q, Q)
         dw2 = product(q, tl.trans(h1), dw2, PRECISION)
-        d1 = product(tl.trans(weight_tile(w, 1, D)), q, s, PRECISION) + vector(g, 0, D)
+        d1 = product(tl.trans(weight_tile(conv2, still, WIDTH, dtype, WIDTH, WIDTH, D, D)), q, s, PRECISION) + column(
+            g, WIDTH, D
+        )
         slope = h1.to(tl.float32)
         q = tl.where(ok, d1 * slope * (1.0 - slope), 0.0)
         db1 += tl.sum(q, 1)
         q = rounded(q, Q)
         dw1 = product(q, tl.trans(a), dw1, PRECISION)
-        down = product(tl.trans(weight_tile(w, 0, D)), q, none, PRECISION)
-        t = sigmoid(product(weight_tile(w, 4, D), a, none, PRECISION) + vector(v, 4, D))
-        q = tl.where(ok, vector(g, 4, D) * t * (1.0 - t), 0.0)
+        down = product(tl.trans(weight_tile(conv1, still, WIDTH, dtype, WIDTH, WIDTH, D, D)), q, none, PRECISION)
+        t = sigmoid(
+            product(weight_tile(clia1, still, WIDTH, dtype, WIDTH, WIDTH, D, D), a, none, PRECISION)
+            + vector(clia_bias1, still, WIDTH, D)[:, None]
+        )
+        q = tl.where(ok, column(g + 4 * step, WIDTH, D) * t * (1.0 - t), 0.0)
         dbl += tl.sum(q, 1)
         q = rounded(q, Q)
         dwl = product(q, tl.trans(a), dwl, PRECISION)
-        down = product(tl.trans(weight_tile(w, 4, D)), q, down, PRECISION)
+        down = product(tl.trans(weight_tile(clia1, still, WIDTH, dtype, WIDTH, WIDTH, D, D)), q, down, PRECISION)
         there = dz + b * dz_b + row[:, None] * dz_c + p[None, :] * dz_n
         tl.store(there, rounded(down, dz.dtype.element_ty), mask=mask)
     slab = slabs + tl.program_id(0).to(tl.int64) * 4 * D * D + row[:, None] * D + row[None, :]
@@ -128,63 +147,237 @@ def chain_back_kernel(
     tl.store(bias_sum + 3 * D, dbl)
 
 
-def conv4_gradient(z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], at_top: Tensor, where4: Tensor) -> Tensor:
-    """The weight gradient of conv4, from h3 at the `b d` positions of the maxima of h4: the chain over these alone."""
-    d = weights[0].shape[0]
-    a = z.gather(2, where4[:, None].long().expand(-1, d, -1))
-    h1, h12, h3 = (new_map(a, d, weights[0].dtype) for _ in range(3))
-    layer(a, weights[0], biases[0], out=h1)
-    layer(h1, weights[1], biases[1], out_sum=h12, other=h1)
-    layer(h12, weights[2], biases[2], out=h3)
-    return (rearrange(at_top, "b o -> b 1 o") * h3.float()).sum(0).mT
+@triton.jit
+def conv4_kernel(
+    z,
+    conv1,
+    conv2,
+    conv3,
+    bias1,
+    bias2,
+    bias3,
+    grads,
+    where,
+    slabs,
+    sums,
+    samples,
+    z_b,
+    z_c,
+    z_n,
+    zero,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """The gradients of conv4 and its bias, summed over SAMPLES samples: `D D`, `D`.
+
+    The gradient of h4 lies at one position per channel, so the chain runs over these positions alone: column o of the tiles is
+    the position where h4 has its maximum in channel o. grads and where as in `chain_back_kernel`.
+    """
+    dtype: tl.constexpr = z.dtype.element_ty
+    row, step = tl.arange(0, D), samples * WIDTH
+    total = tl.zeros((D, D), tl.float32)
+    total_bias = tl.zeros((D,), tl.float32)
+    for item in tl.range(SAMPLES, num_stages=1):
+        b = (tl.program_id(0) * SAMPLES + item).to(tl.int64)
+        still, live = item * zero, (row < WIDTH) & (b < samples)
+        at = tl.load(where + step + b * WIDTH + row, mask=live, other=0)
+        g4 = tl.load(grads + 3 * step + b * WIDTH + row, mask=live, other=0.0)
+        mask = (row < WIDTH)[:, None] & live[None, :]
+        a = tl.load(z + b * z_b + row[:, None] * z_c + at[None, :] * z_n, mask=mask, other=0.0)
+        none = tl.zeros((D, D), tl.float32)
+        w = weight_tile(conv1, still, WIDTH, dtype, WIDTH, WIDTH, D, D)
+        h1 = rounded(sigmoid(product(w, a, none, PRECISION) + vector(bias1, still, WIDTH, D)[:, None]), dtype)
+        w = weight_tile(conv2, still, WIDTH, dtype, WIDTH, WIDTH, D, D)
+        h2 = sigmoid(product(w, h1, none, PRECISION) + vector(bias2, still, WIDTH, D)[:, None])
+        w = weight_tile(conv3, still, WIDTH, dtype, WIDTH, WIDTH, D, D)
+        h12 = rounded(h1.to(tl.float32) + h2, dtype)
+        h3 = sigmoid(product(w, h12, none, PRECISION) + vector(bias3, still, WIDTH, D)[:, None])
+        total += h3 * g4[None, :]
+        total_bias += g4
+    tl.store(slabs + tl.program_id(0) * D * D + row[None, :] * D + row[:, None], total)
+    tl.store(sums + tl.program_id(0) * D + row, total_bias)
+
+
+@triton.jit
+def write_vector(sums, db, count, step, row, width):
+    """Write the sum over `count` programs of the gradient of a vector, in their order and its dtype."""
+    place = sums + row
+    total = tl.zeros(row.shape, tl.float32)
+    for _ in range(count):
+        total += tl.load(place, mask=row < width, other=0.0)
+        place += step
+    tl.store(db + row, rounded(total, db.dtype.element_ty), mask=row < width)
+
+
+@triton.jit
+def write_weight(slabs, dw, count, STEP: tl.constexpr, row, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Write the sum over `count` programs of some rows of the gradient of a weight, in their order and its dtype."""
+    k = tl.arange(0, D)
+    place = slabs + row[:, None] * D + k[None, :]
+    total = tl.zeros((row.shape[0], D), tl.float32)
+    for _ in range(count):
+        total += tl.load(place)
+        place += STEP  # pointers, so that no offset exceeds 32 bits
+    mask = (row < WIDTH)[:, None] & (k < WIDTH)[None, :]
+    tl.store(dw + row[:, None] * WIDTH + k[None, :], rounded(total, dw.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def chain_sums_kernel(
+    slabs,
+    sums,
+    slabs4,
+    sums4,
+    slabs_z,
+    sums_z,
+    conv1,
+    conv2,
+    conv3,
+    conv4,
+    clia1,
+    bias1,
+    bias2,
+    bias3,
+    bias4,
+    clia_bias1,
+    squeeze,
+    squeeze_bias,
+    count,
+    splits,
+    size,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The gradients of the chain's weights and biases, and of the squeeze's, from the sums of the programs before it.
+
+    `count` programs of `chain_back_kernel` wrote slabs and sums, `splits` of `conv4_kernel` slabs4 and sums4, and as many of
+    `weight_kernel` slabs_z, `splits size`, and sums_z, `splits D`. A program writes PART elements of the squeeze's gradient.
+    """
+    layer = tl.program_id(0) // (D // ROWS)
+    row = tl.program_id(0) % (D // ROWS) * ROWS + tl.arange(0, ROWS)
+    if layer == 0:
+        write_weight(slabs, conv1, count, 4 * D * D, row, WIDTH, D)
+        write_vector(sums, bias1, count, 4 * D, row, WIDTH)
+    elif layer == 1:
+        write_weight(slabs + D * D, conv2, count, 4 * D * D, row, WIDTH, D)
+        write_vector(sums + D, bias2, count, 4 * D, row, WIDTH)
+    elif layer == 2:
+        write_weight(slabs + 2 * D * D, conv3, count, 4 * D * D, row, WIDTH, D)
+        write_vector(sums + 2 * D, bias3, count, 4 * D, row, WIDTH)
+    elif layer == 3:
+        write_weight(slabs + 3 * D * D, clia1, count, 4 * D * D, row, WIDTH, D)
+        write_vector(sums + 3 * D, clia_bias1, count, 4 * D, row, WIDTH)
+    elif layer == 4:
+        write_weight(slabs4, conv4, splits, D * D, row, WIDTH, D)
+        write_vector(sums4, bias4, splits, D, row, WIDTH)
+        if squeeze is not None:
+            write_vector(sums_z, squeeze_bias, splits, D, row, WIDTH)
+    elif squeeze is not None:
+        write_vector(slabs_z, squeeze, splits, size, (tl.program_id(0) - 5 * (D // ROWS)) * PART + tl.arange(0, PART), size)
 
 
 def chain_backward(
     chosen: config.Chain,
-    z: Tensor,
+    grads: Tensor,
+    x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    grads: Tensor,
+    squeeze_weight: Tensor | None,
+    squeeze_bias: Tensor | None,
     where: Tensor,
-    dz: Tensor,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Write the gradient of `z` to `dz` and give those of the five weights and biases, in float32.
-
-    weights in the dtype of the products, biases float32; grads `5 b d` as `chain_back_kernel` takes them.
-    """
-    (b, d, n), padded = z.shape, config.power_of_two(weights[0].shape[0])
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """The gradients of x, weights, biases and squeeze; grads `5 b d` and where `2 b d` as `chain_back_kernel` takes them."""
+    d, dx, z = weights[0].shape[0], torch.empty_like(x), squeezed_map(x, squeeze_weight, squeeze_bias)
+    dz = dx if squeeze_weight is None else new_map(z, d, unbounded(x))
+    (b, _, n), padded = z.shape, config.power_of_two(d)
     tiles = triton.cdiv(n, chosen.positions)
     per_program = triton.cdiv(b * tiles, config.PROGRAMS)
     programs = triton.cdiv(b * tiles, per_program)
-    slabs = z.new_empty(programs, 4, padded, padded, dtype=torch.float32)
-    sums = z.new_empty(programs, 4, padded, dtype=torch.float32)
+    slabs = x.new_empty(programs, 4, padded, padded, dtype=torch.float32)
+    sums = x.new_empty(programs, 4, padded, dtype=torch.float32)
+    if padded == 64:  # where registers are few: a tile of float32 weights would spill
+        weights = [w.to(x.dtype) for w in weights]
+    own = named("conv1 conv2 conv3 conv4 clia1", weights) | named("bias1 bias2 bias3 bias4 clia_bias1", biases)
     launch(
         chain_back_kernel,
         programs,
-        z,
+        x,
         z=z,
-        weights=packed(weights, padded, weights[0].dtype),
-        biases=packed(biases, padded, torch.float32),
-        grads=F.pad(grads.transpose(0, 1), [0, padded - d]).contiguous(),
-        where=F.pad(where.transpose(0, 1), [0, padded - d], value=-1).contiguous(),
+        **{name: t for name, t in own.items() if name != "bias4"},
+        grads=grads,
+        where=where,
         dz=dz,
         slabs=slabs,
         sums=sums,
+        samples=b,
         tiles=tiles,
         total=b * tiles,
         n=n,
-        d=d,
         **strides("z", z),
         **strides("dz", dz),
         zero=0,
-        Q=TRITON_DTYPES[unbounded(z)],
+        Q=TRITON_DTYPES[unbounded(x)],
+        WIDTH=d,
         D=padded,
         PRECISION=precision(),
         POSITIONS=chosen.positions,
         TILES=per_program,
         num_warps=chosen.warps,
     )
-    dw1, dw2, dw3, dwl = slabs.sum(0)[:, :d, :d]
-    db1, db2, db3, dbl = sums.sum(0)[:, :d]
-    dw4 = conv4_gradient(z, weights, biases, grads[3], where[1])
-    return [dw1, dw2, dw3, dw4, dwl], [db1, db2, db3, grads[3].sum(0), dbl]
+    each, splits = split(b)
+    slabs4 = x.new_empty(splits, padded, padded, dtype=torch.float32)
+    sums4 = x.new_empty(splits, padded, dtype=torch.float32)
+    launch(
+        conv4_kernel,
+        splits,
+        x,
+        z=z,
+        **{name: own[name] for name in ("conv1", "conv2", "conv3", "bias1", "bias2", "bias3")},
+        grads=grads,
+        where=where,
+        slabs=slabs4,
+        sums=sums4,
+        samples=b,
+        **strides("z", z),
+        zero=0,
+        WIDTH=d,
+        D=padded,
+        PRECISION=precision(),
+        SAMPLES=each,
+        num_warps=4,
+    )
+    slabs_z = sums_z = None
+    if squeeze_weight is not None:
+        back([(squeeze_weight.to(x.dtype).contiguous(), dz)], dx)
+        slabs_z, sums_z = weight_slabs(dz, x, padded)
+    dw, db = ([torch.empty_like(t, memory_format=torch.contiguous_format) for t in some] for some in (weights, biases))
+    dsw, dsb = (None if t is None else t.new_empty(t.shape) for t in (squeeze_weight, squeeze_bias))
+    rows, part, size = min(16, padded), 1024, 0 if dsw is None else dsw.numel()
+    launch(
+        chain_sums_kernel,
+        5 * padded // rows + triton.cdiv(size, part),
+        x,
+        slabs=slabs,
+        sums=sums,
+        slabs4=slabs4,
+        sums4=sums4,
+        slabs_z=slabs_z,
+        sums_z=sums_z,
+        **named("conv1 conv2 conv3 conv4 clia1", dw),
+        **named("bias1 bias2 bias3 bias4 clia_bias1", db),
+        squeeze=dsw,
+        squeeze_bias=dsb,
+        count=programs,
+        splits=splits,
+        size=size,
+        WIDTH=d,
+        D=padded,
+        ROWS=rows,
+        PART=part,
+        num_warps=4,
+    )
+    return dx, dw, db, dsw, dsb

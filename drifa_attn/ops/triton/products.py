@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from . import configs as config
-from .common import launch, peak, precision, product, pull, rounded, sigmoid
+from .common import launch, peak, precision, product, pull, rounded, sigmoid, strides
 
 MEAN, MAX = 1, 2  # what `layer` pools
 
@@ -75,7 +75,7 @@ def layer_kernel(
         w = tl.load(weight + row[:, None] * c + k[None, :], mask=inside[:, None] & (k < c)[None, :], other=0.0)
         a = tl.load(x + b * x_b + k[:, None] * x_c + p[None, :] * x_n, mask=(k < c)[:, None] & readable, other=0.0)
         z = product(w, a, z, PRECISION)
-    z += tl.load(bias + row, mask=inside, other=0.0)[:, None]
+    z += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     h = z
     if ACTIVE:
         h = sigmoid(z)
@@ -152,6 +152,53 @@ def back_kernel(
         tl.store(parts + (b * tiles + tile) * c + row, tl.sum(tl.where(ok, total, 0.0), 1), mask=inside)
     place = b * out_b + row[:, None] * out_c + p[None, :] * out_n
     tl.store(out + place, rounded(total, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weight_kernel(
+    q,
+    x,
+    slabs,
+    sums,
+    samples,
+    n,
+    d,
+    c,
+    width,
+    q_b,
+    q_c,
+    q_n,
+    x_b,
+    x_c,
+    x_n,
+    PRECISION: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """`Σ q ⊗ x` over the positions of SAMPLES samples, for a block of the channels of q and one of those of x: `splits d c`.
+
+    The first block of x also writes `Σ q`, the gradient of the bias, to `sums`: `splits width`.
+    """
+    rows, columns = tl.cdiv(d, ROWS), tl.cdiv(c, COLUMNS)
+    row = tl.program_id(0) % rows * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(0) // rows % columns * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(0) // rows // columns
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias = tl.zeros((ROWS,), tl.float32)
+    for item in range(SAMPLES):
+        b = (split * SAMPLES + item).to(tl.int64)
+        for first in range(0, n, POSITIONS):
+            p = first + tl.arange(0, POSITIONS)
+            ok = ((p < n) & (b < samples))[None, :]
+            u = tl.load(q + b * q_b + row[:, None] * q_c + p[None, :] * q_n, mask=(row < d)[:, None] & ok, other=0.0)
+            a = tl.load(x + b * x_b + k[:, None] * x_c + p[None, :] * x_n, mask=(k < c)[:, None] & ok, other=0.0)
+            total = product(u, tl.trans(a), total, PRECISION)
+            bias += tl.sum(u.to(tl.float32), 1)
+    tl.store(sums + split * width + row, bias, mask=(row < width) & (tl.program_id(0) // rows % columns == 0))
+    place = slabs + split.to(tl.int64) * d * c + row[:, None] * c + k[None, :]
+    tl.store(place, total, mask=(row < d)[:, None] & (k < c)[None, :])
 
 
 def new_map(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -291,7 +338,7 @@ def squeezed_map(
     if squeeze_weight is None or squeeze_bias is None:
         return x
     z = new_map(x, squeeze_weight.shape[0], unbounded(x))
-    layer(x, squeeze_weight.to(x.dtype).contiguous(), squeeze_bias.float(), present=present, out=z, active=False)
+    layer(x, squeeze_weight.to(x.dtype).contiguous(), squeeze_bias.contiguous(), present=present, out=z, active=False)
     return z
 
 
@@ -306,9 +353,48 @@ def weight_gradient(q: Tensor, a: Tensor) -> Tensor:
     return (q.mT @ a.to(q.dtype)).float()
 
 
+def split(b: int) -> tuple[int, int]:
+    """A batch in parts: the samples of one, and their number, by a rule that no device changes."""
+    samples = triton.cdiv(b, config.SPLITS)
+    return samples, triton.cdiv(b, samples)
+
+
+def weight_slabs(q: Tensor, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`Σ q ⊗ x` and `Σ q` of every part of a batch, in float32: `b d n`, `b c n` -> `splits d c`, `splits width`."""
+    (b, d, n), c = q.shape, x.shape[1]
+    rows, columns = min(64, config.power_of_two(d)), min(64, config.power_of_two(c))
+    samples, splits = split(b)
+    slabs = x.new_empty(splits, d, c, dtype=torch.float32)
+    sums = x.new_empty(splits, width, dtype=torch.float32)
+    launch(
+        weight_kernel,
+        splits * triton.cdiv(d, rows) * triton.cdiv(c, columns),
+        x,
+        q=q,
+        x=x,
+        slabs=slabs,
+        sums=sums,
+        samples=b,
+        n=n,
+        d=d,
+        c=c,
+        width=width,
+        **strides("q", q),
+        **strides("x", x),
+        PRECISION=precision(),
+        SAMPLES=samples,
+        ROWS=rows,
+        COLUMNS=columns,
+        POSITIONS=min(64, config.power_of_two(n)),
+        num_warps=4,
+        num_stages=3,
+    )
+    return slabs, sums
+
+
 def sample_chunks(x: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the batch whose maps of `width` channels have at most 32 MiB each, so that they stay in the cache."""
-    step = max(1, 2**25 // (x.shape[2] * width * x.element_size()))
+    """Slices of the batch whose maps of `width` channels have at most 64 MiB each: smaller ones are launched too often."""
+    step = max(1, 2**26 // (x.shape[2] * width * x.element_size()))
     return (slice(first, first + step) for first in range(0, x.shape[0], step))
 
 

@@ -1,0 +1,77 @@
+"""The last steps of MFA, from the five pooled maps to the gain of each channel, and their gradients, in plain PyTorch.
+
+    u = mean1 + max2    v = mean3 + max4    G = σ(lin(dense, [u ; v]))    L = p + σ(lin(conv2, p))
+    a = σ(lin(expand, global_scale · G + local_scale · L))                gain = a · alpha
+
+These are vectors, so they cost no arithmetic, but in PyTorch every step is a kernel. As one operator with the pooling, they
+keep nothing for backward, which computes them a second time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drifa_attn import functional
+from drifa_attn.functional import Statistics
+
+
+class Tail(NamedTuple):
+    """The weights behind the pooling: `head` is dense, conv2 (weight and bias each), global_scale and local_scale.
+
+    `measured` are the four of `Statistics`, or none; `expand` is a weight and a bias, or none.
+    """
+
+    head: Sequence[Tensor]
+    measured: Sequence[Tensor]
+    expand: Sequence[Tensor]
+    alpha: Tensor | None
+
+    def weights(self) -> list[Tensor]:
+        """What has gradients, in the order of `backward`'s."""
+        return [*self.head, *self.expand, *(() if self.alpha is None else (self.alpha,))]
+
+
+def forward(stats: Tensor, tail: Tail) -> Tensor:
+    """The gain `a · alpha`, or without alpha the gate a: `5 b d -> b c`."""
+    h1, h2, h3, h4, p = stats.unbind(0)
+    dense_weight, dense_bias, conv2_weight, conv2_bias, *scales = tail.head
+    global_info = functional.hifa_info(h1, h2, h3, h4, (dense_weight, dense_bias))
+    local_info = functional.clia_info(p, (conv2_weight, conv2_bias))
+    measured = Statistics(*tail.measured) if tail.measured else None
+    expand = (tail.expand[0], tail.expand[1]) if tail.expand else None
+    a = functional.fusion_gate(global_info, local_info, scales[0], scales[1], expand, measured)
+    return a if tail.alpha is None else functional.gain(a, tail.alpha)
+
+
+def slope(h: Tensor) -> Tensor:
+    """The derivative of σ where its value is h."""
+    return h * (1 - h)
+
+
+def backward(grad: Tensor, stats: Tensor, tail: Tail) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of the pooled maps, `5 b d`, and of `tail.weights()`, for that of the gain, `b c`.
+
+    Statistics are measured, not trained: they have none.
+    """
+    dtype = stats.dtype
+    dense, dense_bias, conv2, conv2_bias, global_scale, local_scale = (t.to(dtype) for t in tail.head)
+    h1, h2, h3, h4, p = stats.unbind(0)
+    uv = torch.cat([h1 + h2, h3 + h4], 1)
+    info, q = (uv @ dense.t() + dense_bias).sigmoid(), (p @ conv2.t() + conv2_bias).sigmoid()
+    center1, spread1, center2, spread2 = (t.to(dtype) for t in tail.measured) if tail.measured else (0, 1, 0, 1)
+    above, below = (info - center1) / spread1, (p + q - center2) / spread2
+    s = global_scale * above + local_scale * below
+    expand = [t.to(dtype) for t in tail.expand]
+    a = (s @ expand[0].t() + expand[1] if expand else s).sigmoid()
+    da = (grad if tail.alpha is None else grad * tail.alpha.to(dtype)) * slope(a)
+    ds = da @ expand[0] if expand else da
+    d_info, d_local = global_scale * ds / spread1 * slope(info), local_scale * ds / spread2
+    d_q = d_local * slope(q)
+    du, dv = (d_info @ dense).chunk(2, 1)
+    gradients = [d_info.t() @ uv, d_info.sum(0), d_q.t() @ p, d_q.sum(0), (ds * above).sum()[None], (ds * below).sum(0)]
+    gradients += [da.t() @ s, da.sum(0)] if expand else []
+    gradients += [] if tail.alpha is None else [(grad * a).sum(0)]
+    cast = [g.to(weight.dtype) for g, weight in zip(gradients, tail.weights(), strict=True)]
+    return torch.stack([du, du, dv, dv, d_local + d_q @ conv2]), cast
