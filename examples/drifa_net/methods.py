@@ -16,7 +16,7 @@ from examples.drifa_net.reading import COLUMNS, reloaded
 from examples.drifa_net.records import read_record
 
 TITLES = {"mifa": "DRIFA", "gloria": "GLoRIA", "mutual_attention": "MTF/MA", "caf": "CAF", "mttu": "MTTU"}  # the paper's names
-SAME = ("data", "seed", "pair", "size", "leaks", *COLUMNS)  # what runs of one figure have in common
+SAME = ("data", "seed", "pair", "size", "leaks", "window", *COLUMNS)  # what runs of one figure have in common
 CPU = torch.device("cpu")
 
 
