@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.drifa_net.data import Data
-from examples.drifa_net.evidence import Evidence, mean, task_of
+from examples.drifa_net.evidence import Evidence, is_flat, mean, task_of
 from examples.drifa_net.methods import Method
 
-CELL, LEFT, HEAD, GAP = 1.15, 1.35, 1.05, 0.04  # inches: a picture's width, of classes' names, above a branch, between pictures
+CELL, LEFT, GAP = 1.15, 1.35, 0.04  # inches: a picture's width, of classes' names, between pictures
+LINE, TITLES = 0.15, 0.5  # inches: of a line above a branch, and of the columns' titles with what is free around them
 WRONG = "#d6301f"
 
 
@@ -45,12 +46,14 @@ def draw_gradcam(methods: Sequence[Method], found: Mapping[str, Evidence], path:
     """Branches one below the other, a row a class: the image, and over it in grey the map of each method."""
     data, columns = methods[0].data, 1 + len(methods)
     tall = {branch: CELL * data.shapes[branch][1] / data.shapes[branch][2] for branch in found}
-    height = sum(HEAD + len(one.one.places) * (tall[branch] + GAP) for branch, one in found.items()) + 0.1
+    above = {branch: heading(branch, one, data) for branch, one in found.items()}
+    heads = {branch: LINE * len(lines) + TITLES for branch, lines in above.items()}
+    height = sum(heads[branch] + len(one.one.places) * (tall[branch] + GAP) for branch, one in found.items()) + 0.1
     width = max(LEFT + columns * (CELL + GAP) + 0.1, 6.5)
     figure, top = Figure(figsize=(width, height)), height
     for branch, one in found.items():
-        figure.text(0.1 / width, (top - 0.12) / height, "\n".join(heading(branch, one, data)), size=8.5, va="top")
-        top -= HEAD
+        figure.text(0.1 / width, (top - 0.12) / height, "\n".join(above[branch]), size=8.5, va="top")
+        top -= heads[branch]
         pixels = pixels_of(methods[0].taken(one.one.places)[0][branch], data, branch)
         for row in range(len(pixels)):
             top -= tall[branch] + GAP
@@ -74,6 +77,8 @@ def draw_row(axes: Sequence[Axes], image: np.ndarray, found: Evidence, row: int,
         place.imshow(image.mean(2), cmap="gray", vmin=-0.3, vmax=1.3, aspect="auto")
         heats = found.maps[a, row]
         place.imshow(heats, cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear", aspect="auto")
+        if is_flat(heats):
+            place.text(0.5, 0.9, "flat", size=6.5, color="white", ha="center", va="center", transform=place.transAxes)
         if not found.one.right[a, row]:
             place.spines[:].set(color=WRONG, linewidth=2.5)
             said = textwrap.shorten(f"told {names[found.one.told[a, row]]}".replace("_", " "), 22, placeholder="…")

@@ -271,12 +271,12 @@ def test_titles_and_rows_of_all_branches_are_aligned(runs, tmp_path, monkeypatch
     assert (np.diff(places[:, 0, 1]) < -places[0, 0, 3]).all()  # nothing over another
 
 
-def test_what_is_told_wrong_has_a_red_frame():
+def test_what_is_told_wrong_has_a_red_frame_and_what_is_flat_is_named():
     one = evidence.Chosen([0], [1], np.array([[1], [0]]), [], [])
-    found = evidence.Evidence(one, np.random.default_rng(0).random((2, 1, 4, 4)), ["a", "a"])
+    found = evidence.Evidence(one, np.stack([np.eye(4)[None], np.zeros((1, 4, 4))]), ["a", "a"])
     axes = Figure().subplots(1, 3)
     panels.draw_row(axes, np.zeros((4, 4, 3)), found, 0, ["cat", "dog"])
-    assert [[text.get_text() for text in place.texts] for place in axes] == [[], [], ["told cat"]]
+    assert [[text.get_text() for text in place.texts] for place in axes] == [[], [], ["flat", "told cat"]]
     assert axes[0].get_ylabel() == "dog"
     assert axes[2].spines["left"].get_linewidth() > 2 > axes[1].spines["left"].get_linewidth()
 
