@@ -14,6 +14,7 @@ collection runs out before the other, images of it are drawn again as partners, 
 counted again. So no metric sees an image twice, and none says anything of what one modality tells about a patient of the other.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -29,7 +30,8 @@ from drifa_attn import collate
 from examples.drifa_net.pairs import IGNORE, Images, Pairs
 from examples.drifa_net.prepared import Prepared, prepare
 from examples.drifa_net.samples import Samples, alone, digits, joined
-from examples.drifa_net.sources import read
+from examples.drifa_net.sources import Collection, read
+from examples.drifa_net.sources.volumes import Window
 from examples.drifa_net.splits import SPLITS, listed
 from examples.drifa_net.table import Columns, is_table, samples_of
 
@@ -81,7 +83,7 @@ class Data:
         lines = [f"pairing: {self.report['pairing']}"] if len(self.branches) > 1 else []
         for name, branch in self.report["branches"].items():
             counts = ", ".join(f"{split} {sum(classes.values())}" for split, classes in branch["images"].items())
-            size = f"{branch['size'][0]}x{branch['size'][1]} px" if len(branch["size"]) == 2 else f"{branch['size'][0]} numbers"
+            size = "x".join(map(str, branch["size"])) + (" numbers", " px", " voxels")[len(branch["size"]) - 1]
             lines.append(f"{name}: {counts}; {size}; split {branch['split']}")
             dropped = " and ".join(f"{count} of {split}" for split, count in branch["duplicates"].items() if count)
             lines += [f"  dropped as duplicates: {dropped}"] if dropped else []
@@ -107,6 +109,7 @@ def load(
     columns: Columns | None = None,
     leaks: str = "refuse",
     flips: str | None = None,
+    window: Sequence[float] | None = None,
     balanced: bool = False,
     augmentation: bool = True,
     cache: Path | None = None,
@@ -119,13 +122,14 @@ def load(
     Args:
         paths: a folder, an .npz or a table each, one table at most.
         kinds: what is there, as keys of `sources.READERS`; None to find out.
-        size: height and width of the images, >= 1; None for an archive's own, else 128, and 32 for the digits, whose halves are
-            `size` high and half as wide (an even size).
+        size: height and width of the images, and depth of volumes, >= 1; None for an archive's own, else 128, 64 for volumes,
+            and 32 for the digits, whose halves are `size` high and half as wide (an even size).
         seed: of splits, pairing and augmentation, >= 0.
         pair: "sample": sources have the same samples, by their names; "chance": different ones, each a branch and a task.
         columns: which columns of the table are what; None to find out.
         leaks: whether a given split with a group or an image in two parts is refused, or what leaks dropped ("drop").
         flips: of training images: "any" with quarter turns, "none", or None for what is known of a collection (else none).
+        window: the values of volumes that become black and white, low < high; None for percentiles of each volume.
         balanced: whether training draws the classes of a task as often as each other.
         augmentation: whether training images are shifted, and perhaps flipped and turned.
         cache: the folder in which decoded images are kept for the next time.
@@ -138,11 +142,12 @@ def load(
         if value not in among:
             raise ValueError(f"load expected {name} to be one of {among}, got {value!r}.")
     several, found = read_samples(paths, kinds or [None] * len(paths), pair, columns or Columns())
-    turns = None if flips is None else TURNS[flips]
+    turns, scale = None if flips is None else TURNS[flips], check_window(window, several)
     shape = (size, size) if size else None
     if not paths:
         shape = (size or DIGITS_SIZE, (size or DIGITS_SIZE) // 2)
-    parts = [prepare(one, shape, seed, turns=turns, drop=leaks == "drop", cache=cache, progress=progress) for one in several]
+    how = {"turns": turns, "drop": leaks == "drop", "cache": cache, "window": scale, "progress": progress}
+    parts = [prepare(one, shape, seed, **how) for one in several]
     data = assembled(parts, several, found, seed=seed, balanced=balanced, augmentation=augmentation)
     return replace(data, paths=tuple(str(Path(path).resolve()) for path in paths))
 
@@ -204,6 +209,18 @@ def read_samples(
     if pair == "sample" and len(several) > 1:
         several = [joined(several)]
     return several, columns
+
+
+def check_window(window: Sequence[float] | None, several: Sequence[Samples]) -> Window | None:
+    """A window as two numbers; a `ValueError` unless low < high, and a source has volumes."""
+    if window is None:
+        return None
+    if len(window) != 2 or not -math.inf < window[0] < window[1] < math.inf:
+        raise ValueError(f"load expected window as two numbers, low < high, got {window!r}.")
+    branches = [branch for one in several for branch in one.branches.values()]
+    if not any(isinstance(branch, Collection) and branch.deep for branch in branches):
+        raise ValueError("window is of the values of volumes, but no source has any: leave it out.")
+    return float(window[0]), float(window[1])
 
 
 def check_load(paths: Any, kinds: Sequence[str | None] | None, size: int | None, seed: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import drifa_attn
 from examples.drifa_net.data import Data
 from examples.drifa_net.model import DrifaNet
+from examples.drifa_net.volume_net import volume_net
 
 MODELS = ("drifa_net", "fuse", "concat")
 
@@ -58,20 +59,20 @@ def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
         data: whose branches and tasks it gets.
 
     Raises: ValueError: backbones that timm does not have, that are neither one nor one per branch of images, or that cannot be
-        fused; records in a DRIFA-Net.
+        fused; records or volumes in a DRIFA-Net.
     """
     shapes = data.shapes
     images = [branch for branch in shapes if is_image(shapes[branch])]
     tasks = {task: len(classes) for task, classes in data.tasks.items()}
     if configuration["model"] == "drifa_net":
         if len(images) < len(shapes):
-            records = ", ".join(branch for branch in shapes if branch not in images)
-            raise ValueError(f"--model drifa_net reads images alone, not {records}: give --model fuse, or an empty --record.")
+            others = ", ".join(branch for branch in shapes if branch not in images)
+            raise ValueError(f"--model drifa_net reads images alone, not {others}: give --model fuse, or an empty --record.")
         kind = {"width": configuration["width"], "reduction": configuration["reduction"]}
         return Named(data.branches, tasks, in_channels=[shape[0] for shape in shapes.values()], **kind)
     names, pretrained = backbone_names(configuration["backbones"], images), configuration["pretrained"]
     backbones = {
-        branch: backbone(names[branch], shape, pretrained=pretrained) if branch in names else mlp(shape)
+        branch: backbone(names[branch], shape, pretrained=pretrained) if branch in names else own_branch(shape)
         for branch, shape in shapes.items()
     }
     fusion = "concat" if configuration["model"] == "concat" else configuration.get("fusion", "mifa")
@@ -80,8 +81,8 @@ def build(configuration: Mapping[str, Any], data: Data) -> nn.Module:
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether a branch of this shape sees images, not records."""
-    return len(shape) > 1
+    """Whether a branch of this shape sees images, not volumes or records."""
+    return len(shape) == 3
 
 
 def backbone_names(names: Sequence[str], images: Sequence[str]) -> dict[str, str]:
@@ -89,6 +90,11 @@ def backbone_names(names: Sequence[str], images: Sequence[str]) -> dict[str, str
     if len(names) not in (1, len(images)):
         raise ValueError(f"--backbones expected one network, or one for each of the branches {list(images)}, got {names}.")
     return dict(zip(images, [*names] * (len(images) // len(names)), strict=True)) if images else {}
+
+
+def own_branch(shape: Sequence[int]) -> nn.Module:
+    """The branch of a record or of volumes, which timm has no networks for."""
+    return volume_net(shape[0]) if len(shape) == 4 else mlp(shape)
 
 
 def mlp(shape: Sequence[int]) -> nn.Module:

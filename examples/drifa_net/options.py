@@ -50,6 +50,7 @@ def parsed(whole: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         whole.error(f"--seeds expected different integers >= 0, got {options.seeds}.")
     is_paper = options.model == "drifa_net"
     idle = ("backbones", "pretrained") if is_paper else ("width", "reduction")
+    idle = idle if options.model == "fuse" else ("fusion", *idle)
     whole.refuse(options, idle, f"does nothing to --model {options.model}: leave it out, or name another --model.")
     with whole.explained():
         check_logs(options.log)

@@ -15,7 +15,7 @@ IGNORE = UNLABELLED  # the target of an image whose label is counted elsewhere; 
 
 
 class Images(Dataset[Tensor | None]):
-    """Some images of a collection as `3 h w` uint8; None where `chosen` is −1."""
+    """Some images of a collection as `3 h w`, or volumes as `1 d h w`, uint8; None where `chosen` is −1."""
 
     def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
         self.rows, self.chosen = rows, chosen
@@ -58,7 +58,7 @@ class Pairs(Dataset[tuple[list[Tensor | None], Tensor]]):
         augmentation: of each branch, of `3 h w` in [-1, 1] with a generator of its own for epoch, item and branch; None for
             none.
 
-    Shape: item i -> a list of m `3 h w` float32 in [-1, 1], `c` of a record, or None, and targets `k` int64.
+    Shape: item i -> a list of m `3 h w` or `1 d h w` float32 in [-1, 1], `c` of a record, or None, and targets `k` int64.
     Raises: ValueError: no image in a branch, or as many labels as do not fit.
     """
 

@@ -84,14 +84,22 @@ def samples_for(schema: Schema, paths: Sequence[Path]) -> Samples:
     return several[0] if len(several) == 1 else joined(several)
 
 
+def check_kind(branch: Collection, kind: str, name: str) -> None:
+    """Raise a `ValueError` unless a branch has what the run was trained with, images or volumes."""
+    if branch.deep != (kind == "volume"):
+        raise ValueError(f"the run takes {kind}s for {name}, got {'volumes' if branch.deep else 'images'}: give {kind}s.")
+
+
 def data_for(schema: Schema, samples: Samples, cache: Path, *, progress: bool) -> Data:
     """The samples as a network of the run takes them, in their order within a `Pairs`."""
     views, shapes = [], {}
     for name, said in schema["branches"].items():
         branch, rows = samples.branches[name], samples.rows[name]
         if isinstance(branch, Collection):
-            sight = decoded(branch, tuple(said["size"]), cache, progress=progress)
-            shapes[name] = (3, *said["size"])
+            check_kind(branch, said["kind"], name)
+            window = tuple(said["window"]) if said.get("window") else None
+            sight = decoded(branch, tuple(said["size"]), cache, window=window, progress=progress)
+            shapes[name] = sight.shape
         else:
             sight = encoded(branch, said["encoding"], samples.name)
             shapes[name] = (sight.shape[1],)

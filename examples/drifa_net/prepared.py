@@ -1,5 +1,6 @@
 """Samples made ready for training: decoded, split, cleaned of leaks, and said what was done."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from examples.drifa_net.augmentation import Augmentation, augmentation_of
 from examples.drifa_net.pairs import Images, Vectors
 from examples.drifa_net.samples import Samples, check_tasks, labelled
 from examples.drifa_net.sources import Collection
+from examples.drifa_net.sources.volumes import Window, said_of
 from examples.drifa_net.splits import SPLITS, check_classes, check_leaks, divide, drop_duplicates, drop_groups
 from examples.drifa_net.store import Rows, decoded
 from examples.drifa_net.table import is_table
 from examples.drifa_net.tabular import encoded, fitted
 
 SIZE = 128
+VOLUME = 64  # each way
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,14 @@ def prepare(
     turns: bool | None,
     drop: bool,
     cache: Path | None,
+    window: Window | None,
     progress: bool,
 ) -> Prepared:
     """Decode, split and check samples; see `load`."""
     check_tasks(samples)
     samples = labelled(samples)
     rows = {
-        name: decoded(branch, shape or own_size(branch), cache, progress=progress)
+        name: decoded(branch, size_of(branch, shape), cache, window=window, progress=progress)
         for name, branch in samples.branches.items()
         if isinstance(branch, Collection)
     }
@@ -56,9 +60,11 @@ def prepare(
     shapes, inputs, sights, moves = {}, {}, {}, []
     for name, branch in samples.branches.items():
         if isinstance(branch, Collection):
-            sights[name], shapes[name] = rows[name], (3, *rows[name].size)
+            sights[name], shapes[name] = rows[name], rows[name].shape
             column = branch.name if branch.source and is_table(branch.source) else None
-            inputs[name] = {"kind": "image", "size": list(rows[name].size), "column": column}
+            inputs[name] = {"kind": "image", "size": list(shapes[name][1:]), "column": column}
+            if branch.deep:
+                inputs[name] |= {"kind": "volume", "window": list(window) if window else None}
             moves.append(augmentation_of(branch.turns if turns is None else turns))
             continue
         training = samples.rows[name][split == 0]
@@ -70,12 +76,19 @@ def prepare(
     chosen = {key: np.flatnonzero(split == part) for part, key in enumerate(SPLITS)}
     views = {key: [view_of(sights[name], samples.rows[name][kept]) for name in sights] for key, kept in chosen.items()}
     targets = {key: [labels[kept] for labels in samples.targets.values()] for key, kept in chosen.items()}
-    report = described(samples, split, shapes, counts, notes)
+    deep = [name for name, branch in samples.branches.items() if isinstance(branch, Collection) and branch.deep]
+    said = {name: [said_of(window)] if name in deep else [] for name in samples.branches}
+    said[next(iter(said))][:0] = notes
+    report = described(samples, split, shapes, counts, said)
     return Prepared(views, targets, shapes, moves, report, inputs, dropped)
 
 
-def own_size(collection: Collection) -> tuple[int, int]:
-    """The size of an archive's images, else the usual one."""
+def size_of(collection: Collection, asked: tuple[int, int] | None) -> tuple[int, ...]:
+    """The size of images or volumes: what was asked for, else an archive's own, else the usual one."""
+    if collection.deep:
+        return (asked[0] if asked else VOLUME,) * 3
+    if asked:
+        return asked
     return tuple(collection.images.shape[1:3]) if isinstance(collection.images, np.ndarray) else (SIZE, SIZE)
 
 
@@ -106,9 +119,13 @@ def clean(samples: Samples, split: np.ndarray, rows: dict[str, Rows], *, drop: b
 
 
 def described(
-    samples: Samples, split: np.ndarray, shapes: dict[str, tuple[int, ...]], dropped: dict[str, int], notes: tuple[str, ...]
+    samples: Samples,
+    split: np.ndarray,
+    shapes: dict[str, tuple[int, ...]],
+    dropped: dict[str, int],
+    notes: Mapping[str, list[str]],
 ) -> dict[str, Any]:
-    """What a run's JSON says of each branch; notes stand at the first."""
+    """What a run's JSON says of each branch, with the notes on it."""
     drawn = "by class" if samples.groups is None else "by class and group"
     kept = drawn if samples.split is None else "as given" if 1 in samples.split else "as given, validation drawn"
     labels, report = next(iter(samples.targets.values())), {}
@@ -122,10 +139,10 @@ def described(
         source = None if isinstance(branch, pd.DataFrame) else branch.source
         report[name] = {
             "source": (source or samples.source).name if source or samples.source else "scikit-learn",
-            "size": list(shapes[name][-2:]),
+            "size": list(shapes[name][1:] or shapes[name]),
             "split": kept,
             "images": counts,
             "duplicates": dropped,
-            "notes": [*(() if report else notes), *said],
+            "notes": [*notes[name], *said],
         }
     return report

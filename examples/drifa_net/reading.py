@@ -20,13 +20,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", nargs="+", type=source, default=[], help="folders, .npz, a table (.csv, .parquet); none: digits")
     add("--pair", choices=PAIRINGS, default="sample", help="sources by the names of samples, or of different ones by chance")
-    add("--size", type=integer(1), help="height and width of the images (default: the data's own)")
+    add("--size", type=integer(1), help="height and width of images, depth of volumes (default: the data's own)")
     add("--leaks", choices=("refuse", "drop"), default="refuse", help="of a given split (default: %(default)s)")
     add("--flips", choices=TURNS, help="flip and turn training images (default: as fits a known collection, else none)")
+    add(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="of volumes, black to white (default: percentiles of each)",
+    )
     add("--cache", type=output, default="outputs/cache", help="folder of decoded images (default: %(default)s)")
     table = parser.add_argument_group("columns of a table, found by their names and cells if not given")
     table.add_argument("--sample", help="names of samples, as of the images in a folder beside the table")
-    table.add_argument("--images", nargs="*", help="paths of images, a branch a column")
+    table.add_argument("--images", nargs="*", help="paths of images or volumes, a branch a column")
     table.add_argument("--labels", nargs="+", help="classes, a task a column")
     table.add_argument("--record", nargs="*", help="numbers and words, together one branch; no name: none")
     table.add_argument("--group", help="what must stay in one split, as the patient")
@@ -37,7 +44,7 @@ def reading(options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `load` that follow from a run's options or its configuration; older runs have but a size."""
     given = {name: options.get(name) for name in COLUMNS}
     columns = Columns(**{n: tuple(v) if n in SEVERAL and v is not None else v for n, v in given.items()})
-    found = {name: options[name] for name in ("pair", "size", "leaks", "flips") if name in options}
+    found = {name: options[name] for name in ("pair", "size", "leaks", "flips", "window") if name in options}
     return {**found, "columns": columns, "balanced": options.get("balance") == "sampling"}
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 
 from examples.drifa_net.samples import Samples, part_name
 from examples.drifa_net.sources import UNLABELLED, Collection
-from examples.drifa_net.sources.collection import SUFFIXES, VOLUMES
+from examples.drifa_net.sources.collection import SUFFIXES, VOLUMES, is_volume, stem_of
 from examples.drifa_net.sources.folder import PARTS
+from examples.drifa_net.sources.volumes import check_volumes
 
 READERS = {".csv": ",;\t", ".tsv": "\t", ".tab": "\t", ".parquet": "", ".pq": ""}  # what may separate cells, if it is text
 NAMES = {
@@ -135,11 +136,11 @@ def stem(cell: Any) -> Any:
     """The name of a sample in a cell that may be the path of its image."""
     if not isinstance(cell, str):
         return cell
-    return Path(cell).stem if Path(cell).suffix.lower() in SUFFIXES else cell
+    return stem_of(Path(cell)) if cell.lower().endswith((*VOLUMES, *SUFFIXES)) else cell
 
 
 def has_paths(column: pd.Series) -> bool:
-    """Whether all cells that are not empty end like image files."""
+    """Whether all cells that are not empty end like files of images or volumes."""
     cells = as_words(column).dropna()
     return len(cells) > 0 and all(cell.lower().endswith((*SUFFIXES, *VOLUMES)) for cell in cells)
 
@@ -213,18 +214,18 @@ def described(columns: Columns) -> str:
 
 
 def pictures_of(column: pd.Series, name: str, table: Path) -> tuple[Collection, np.ndarray]:
-    """The images of a column of paths, from the table's folder, and which of them each row has."""
+    """The images or volumes of a column of paths, from the table's folder, and which of them each row has."""
     cells = as_words(column)
     rows = np.full(len(cells), -1)
     known = np.flatnonzero(cells.notna())
     paths = [table.parent / cells.iloc[i] for i in known]
-    if volumes := [path for path in paths if path.name.lower().endswith(VOLUMES)]:
-        raise ValueError(f"{volumes[0]} is a volume: only images are read ({', '.join(sorted(SUFFIXES))}). Give slices of it.")
-    if missing := [path for path in paths if not path.is_file()]:
+    if missing := [path for path in paths if not path.exists()]:
         raise ValueError(
             f"{len(missing)} of {len(paths)} files in column {name!r} of {table} are missing, the first {missing[0]}: paths "
             "are read from the table's folder."
         )
+    if any(map(is_volume, paths)):
+        check_volumes(paths)
     rows[known] = np.arange(len(known))
     if not paths:
         raise ValueError(f"column {name!r} of {table} is empty: leave it out.")

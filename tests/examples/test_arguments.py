@@ -38,6 +38,7 @@ TRAIN = {
     "backbones: of the other model": ("--backbones test_resnet", "--backbones does nothing to --model drifa_net"),
     "pretrained: of the other model": ("--pretrained", "--pretrained does nothing to --model drifa_net"),
     "width: of the other model": ("--model fuse --width 8", "--width does nothing to --model fuse"),
+    "fusion: of another model": ("--model concat --fusion mttu", "--fusion does nothing to --model concat"),
     "reduction: of the other model": ("--model concat --reduction 8", "--reduction does nothing to --model concat"),
     "width: 0": ("--width 0", "argument --width: expected an integer >= 1, got '0'"),
     "width: a word": ("--width wide", "argument --width: expected an integer >= 1, got 'wide'"),
@@ -224,11 +225,12 @@ OTHERS = {
         "runs --output locked": "argument --output: 'locked' is no folder that can be written to: Permission denied",
     },
     figures.main: {
-        "": "the following arguments are required: run",
-        "nowhere": "argument run: 'nowhere' cannot be read: No such file",
+        "": "the following arguments are required: runs",
+        "nowhere": "argument runs: 'nowhere' cannot be read: No such file",
         "empty": "empty holds no run.json: name the folder of a finished run",
         "runs --data nowhere": "argument --data: 'nowhere' cannot be read: No such file",
         "runs --output text": "argument --output: 'text' is no folder that can be written to: Not a directory",
+        "runs --embedded 0": "argument --embedded: expected an integer >= 1, got '0'",
     },
     report.main: {
         "nowhere": "argument runs: 'nowhere' cannot be read: No such file",
@@ -410,16 +412,3 @@ def test_runs_of_several_kinds_are_not_reported_together(files, capsys, monkeypa
         ("one other", "concat-seed0 has other tasks, cell"),
     ):
         assert message in untouched(files, capsys, report.main, names)
-
-
-def test_figures_are_refused_before_the_first_is_drawn(files, run, capsys, monkeypatch):
-    """Nothing is told right, or the test images are too few for the neighbours that vote."""
-    data = train.load(size=8)
-    monkeypatch.setattr(figures, "restored", lambda *_: None)
-    monkeypatch.setattr(figures, "reloaded", lambda *_: ({}, data))
-    monkeypatch.setattr(figures, "draw_gradcam", began)
-    monkeypatch.setattr(figures, "batches", lambda data: [])
-    assert "no test image of digit is told right" in untouched(files, capsys, figures.main, [run])
-    monkeypatch.setattr(figures, "chosen", lambda *_: None)
-    data.test.targets[5:] = figures.IGNORE
-    assert "digit has too few test images for its 5 nearest" in untouched(files, capsys, figures.main, [run])

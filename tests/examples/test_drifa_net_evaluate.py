@@ -1,4 +1,4 @@
-"""What finished runs say of their uncertainty, and the pictures of what they look at."""
+"""What finished runs say of their uncertainty."""
 
 import json
 
@@ -8,10 +8,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import drifa_attn
-from examples.drifa_net import evaluate, figures, train
-from examples.drifa_net.data import load
-from examples.drifa_net.networks import attentions, backbone, restored
+from examples.drifa_net import evaluate, train
+from examples.drifa_net.networks import restored
 from examples.drifa_net.reading import reloaded
 
 SIZE = ("--size", "8")
@@ -84,98 +82,3 @@ def test_wrong_members_are_refused(chosen, options, message, members, tmp_path, 
         evaluate.main([*folders, *options, "--output", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("k", [0, 2], ids=["fuse", "concat"])
-def test_figures_are_drawn(k, members, tmp_path):
-    paths = figures.main([str(members[k]), "--output", str(tmp_path)])
-    assert [path.name for path in paths] == ["gradcam.png", "features.png", "gates.png"][: 3 if k == 0 else 2]
-    for path in paths:
-        assert_a_picture(path)
-
-
-def test_gates_of_every_site_are_read(members):
-    record, data = reloaded(members[0], [], None)
-    net = restored(members[0], record, data)
-    found = figures.gates(net, data)
-    assert len(found) == 2 * len(attentions(net)) == 2 * len(net.refiners)
-    for a, gain in found.values():
-        assert a.shape == gain.shape
-        assert len(a) == 360
-        assert ((a > 0) & (a < 1)).all()
-    assert any((gain - 1).abs().max() > 1e-3 for _, gain in found.values())
-
-
-@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "swin_tiny_patch4_window7_224"])
-def test_grad_cam_reads_every_layout(model):
-    """Evidence that lies in one corner of the image is found there, whatever the order of axes."""
-    torch.manual_seed(0)
-    size = 64
-    branch = backbone(model, (3, size, size), pretrained=False)
-    examples = {"left": torch.zeros(2, 3, size, size)}
-    net = drifa_attn.fuse({"left": branch}, {"task": 2}, fusion="concat", example_inputs=examples).eval()
-    layer, transform = figures.stage_of(net, "left", torch.zeros(1, 3, size, size))
-    outputs = []
-    layer.register_forward_hook(lambda _, __, output: outputs.append(output))
-    image = torch.zeros(2, 3, size, size)
-    image[1, :, : size // 4, : size // 4] = 3
-    net({"left": image})
-    maps = transform(outputs[0])
-    change = (maps[1] - maps[0]).abs().mean(0)
-    assert change.ndim == 2
-    rows, columns = change.shape
-    assert rows == columns >= 4
-    assert divmod(int(change.argmax()), columns) < (rows // 2, columns // 2)
-
-
-def test_nearest_neighbours_vote_by_hand():
-    x = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2], [0.15]])
-    y = np.array([0, 0, 0, 1, 1, 1, 1])
-    assert figures.vote(x, y, 2) == pytest.approx(100 * (1 + 3 / 4) / 2)
-
-
-class Says(torch.nn.Module):
-    """A network that says of every image the class of its sample, but never a 3 and of every 4 a 5."""
-
-    def forward(self, inputs, present=None):
-        codes = ((inputs["left"].mean((1, 2, 3)) + 1) * 127.5).round().long()
-        return {"digit": torch.nn.functional.one_hot(torch.where((codes == 3) | (codes == 4), 5, codes), 10).float()}
-
-
-def test_classes_without_an_image_are_named(monkeypatch):
-    """Those that are never told right, and those for which there is no room."""
-    data = load(size=8)
-    labels = torch.arange(10).repeat(3)
-    inputs = {name: (labels / 127.5 - 1)[:, None, None, None].expand(-1, 3, 8, 4) for name in data.branches}
-    monkeypatch.setattr(figures, "batches", lambda data: [(inputs, None, {"digit": labels})])
-    found = figures.chosen(Says(), data, "left")
-    assert found.classes.tolist() == [0, 1, 2, 5]
-    assert (found.never, found.more) == ([3, 4], [6, 7, 8, 9])
-    said = figures.heading("left", found, data, "digit").splitlines()
-    assert said == ["left: evidence for digit (black: none)", "never told right: 3, 4", "told right too: 6, 7, 8, 9"]
-
-
-def test_images_of_all_branches_stand_in_rows(members, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: drawn.append(self))
-    record, data = reloaded(members[0], [], None)
-    figures.draw_gradcam(restored(members[0], record, data), data, tmp_path / "x.png")
-    (figure,) = drawn
-    figure.canvas.draw()
-    places = [axes.get_position() for axes in figure.axes]
-    assert len({round(place.y0, 3) for place in places}) == 3
-    assert len({round(place.width, 3) for place in places}) == 1
-    (left, right) = (text for axes in figure.axes for text in axes.texts)
-    assert left.get_window_extent().y0 == pytest.approx(right.get_window_extent().y0)
-
-
-def test_a_heat_map_has_positions_enough_in_small_images():
-    shape = (1, 3, 32, 32)
-    branch = backbone("resnet10t", shape[1:], pretrained=False)
-    examples = {"left": torch.zeros(2, *shape[1:])}
-    net = drifa_attn.fuse({"left": branch}, {"task": 2}, fusion="concat", example_inputs=examples).eval()
-    layer, _ = figures.stage_of(net, "left", torch.zeros(shape))
-    sizes = []
-    layer.register_forward_hook(lambda _, __, output: sizes.append(output.shape[-2:]))
-    net({"left": torch.zeros(shape)})
-    assert sizes[0] >= (7, 7)

@@ -79,13 +79,6 @@ def test_images_of_more_than_eight_bits_are_stretched_not_cut(tmp_path):
     assert not np.asarray(collection.open(2)).any()
 
 
-@pytest.mark.parametrize("name", ["scan.nii.gz", "slice.DCM"])
-def test_volumes_are_refused_in_words(name, tmp_path):
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ValueError, match=rf"{name} is a volume: only images are read"):
-        read(tmp_path)
-
-
 # Pairing
 
 

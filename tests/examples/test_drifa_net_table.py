@@ -151,7 +151,6 @@ def of_text(text, name="t.csv"):
         (write_table, {"labels": ("note",)}, "column 'note' of .* has 90 different labels in 90 rows"),
         (write_table, {"split": "sex"}, "column 'sex' of .* has 'female' in line 2: it needs train, validation or test"),
         (write_table, {"images": ("note",)}, "90 of 90 files in column 'note' of .* are missing, the first .*seen on day 0"),
-        (spoilt(photo="scan.nii.gz"), {}, r"scan\.nii\.gz is a volume: only images are read"),
         (spoilt(photo="gone.png"), {}, "90 of 90 files in column 'photo'"),
         (spoilt(sample=None), {"sample": "sample"}, "line 2 has no 'sample': mend it"),
         (of_text(""), {}, r"t\.csv is no table that can be read"),

@@ -13,7 +13,8 @@ Each kind, what it is, where to get it, its licence as far as known (what the pa
 - `npz`: an archive of one's own: `images` (n, h, w) or (n, h, w, 3) of uint8, `labels` (n), `classes`, and perhaps `split` (n;
   0 train, 1 validation, 2 test) and `lesion_id`, `slide` or `group` (n), whose images stay together. Slides are numbered
   within their class, as SIPaKMeD's are. `sample` (n) names each sample, so that archives of the same samples are paired.
-- `folder`: images of one's own, a folder a class, perhaps within folders `train`, `val` and `test`; or images without classes.
+- `folder`: images or volumes (`.nii`, `.nii.gz`, a folder for each DICOM series) of one's own, a folder a class, perhaps within
+  folders `train`, `val` and `test`; or without classes.
 
 Nothing is downloaded: read each one's conditions before use. The folder may be the one an archive unpacked to, with the
 collection inside as its only folder. HAM10000's images are grouped by lesion, SIPaKMeD's by slide. The other two say nothing of
@@ -27,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 
 from examples.drifa_net.sources import brain_mri, folder, ham10000, iq_othnccd, npz, sipakmed
-from examples.drifa_net.sources.collection import SUFFIXES, UNLABELLED, VOLUMES, Collection, pictures_below, visible
+from examples.drifa_net.sources.collection import SUFFIXES, UNLABELLED, Collection, pictures_below, visible, volumes_below
 from examples.drifa_net.sources.digits import halves
 
 __all__ = ["READERS", "UNLABELLED", "Collection", "halves", "read"]
@@ -79,10 +80,7 @@ def own(root: Path) -> Path:
     """The folder with class folders in this one, which may be what an archive unpacked to; an error if it has no images."""
     while len(inside := visible(root)) == 1 and inside[0].is_dir() and any(path.is_dir() for path in visible(inside[0])):
         root = inside[0]
-    if not pictures_below(root):
-        volumes = [path for path in sorted(root.rglob("*")) if path.name.lower().endswith(VOLUMES)]
-        if volumes:
-            raise ValueError(f"{volumes[0]} is a volume: only images are read. Give slices of it.")
+    if not pictures_below(root) and not volumes_below(root):
         kinds = ", ".join(sorted(SUFFIXES))
         raise ValueError(f"{root} holds no collection ({', '.join(MARKED)}) and no images ({kinds}).")
     return root

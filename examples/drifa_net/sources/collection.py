@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-VOLUMES = (".nii", ".nii.gz", ".dcm")  # what is told, but not read
+VOLUMES = (".nii.gz", ".nii", ".dcm")
 UNLABELLED = -100  # the label of an image that has none
 
 
@@ -17,10 +17,10 @@ UNLABELLED = -100  # the label of an image that has none
 class Collection:
     """Labelled images, decoded when they are asked for.
 
-    `images` are paths or an array `n h w` or `n h w 3`, `labels` `n` number `classes`, `groups` `n` are what must stay in one
-    split, `split` `n` is 0, 1 or 2 where the publisher has drawn one, `notes` say what a reader should know, `names` `n` name
-    the samples in an archive, and `turns` says whether the pictures have no up and no left, so that flips and quarter turns
-    show what might have been.
+    `images` are paths, of volumes perhaps, or an array `n h w` or `n h w 3`, `labels` `n` number `classes`, `groups` `n`
+    are what must stay in one split, `split` `n` is 0, 1 or 2 where the publisher has drawn one, `notes` say what a reader
+    should know, `names` `n` name the samples in an archive, and `turns` says whether the pictures have no up and no left,
+    so that flips and quarter turns show what might have been.
     """
 
     name: str
@@ -39,10 +39,15 @@ class Collection:
         """What names each sample: an archive's own names, else the stems of files, with their folder where they need it."""
         if isinstance(self.images, np.ndarray):
             return self.names
-        stems = [path.stem for path in self.images]
+        stems = [stem_of(path) for path in self.images]
         if len(set(stems)) == len(stems):
             return np.array(stems, object)
-        return np.array([f"{path.parent.name}/{path.stem}" for path in self.images], object)
+        return np.array([f"{path.parent.name}/{stem_of(path)}" for path in self.images], object)
+
+    @property
+    def deep(self) -> bool:
+        """Whether these are volumes."""
+        return not isinstance(self.images, np.ndarray) and len(self.images) > 0 and is_volume(self.images[0])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,6 +71,25 @@ class Collection:
             ) from error
 
 
+def is_volume(path: Path) -> bool:
+    """Whether a path is of a volume: a NIfTI file, or DICOM, whose series is a folder."""
+    return path.name.lower().endswith(VOLUMES) or path.is_dir()
+
+
+def check_one_kind(paths: Sequence[Path]) -> None:
+    """Raise a `ValueError` if some of these are volumes and others are not."""
+    deep = [is_volume(path) for path in paths]
+    if any(deep) and not all(deep):
+        volume, image = paths[deep.index(True)], paths[deep.index(False)]
+        raise ValueError(f"{volume} is a volume and {image} is an image: a branch reads one of both. Divide them.")
+
+
+def stem_of(path: Path) -> str:
+    """The name of a sample from the path of its image or volume."""
+    endings = [ending for ending in (*VOLUMES, *SUFFIXES) if path.name.lower().endswith(ending)]
+    return path.name[: -len(endings[0])] if endings else path.name
+
+
 def in_colours(image: Image.Image) -> Image.Image:
     """An image in three channels of 8 bits; one of more bits is stretched from its lowest to its highest value."""
     if image.mode.startswith(("I", "F")):
@@ -82,6 +106,7 @@ def by_class(name: str, root: Path, files: dict[str, list[Path]], **options: Any
         raise ValueError(
             f"{name}: class {empty[0]!r} of {root} holds no image ({', '.join(sorted(SUFFIXES))}): unpack it again."
         )
+    check_one_kind(sum(files.values(), []))
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
     return Collection(name, root, sum(files.values(), []), labels, tuple(files), **options)
 
@@ -102,3 +127,12 @@ def pictures_below(folder: Path) -> list[Path]:
     for inner in visible(folder):
         found += pictures_below(inner) if inner.is_dir() else []
     return sorted(found)
+
+
+def volumes_below(folder: Path) -> list[Path]:
+    """The volumes of a folder and of all folders in it, in order: NIfTI files, and folders with a DICOM series."""
+    inside = visible(folder)
+    if any(path.suffix.lower() == ".dcm" and path.is_file() for path in inside):
+        return [folder]
+    found = [path for path in inside if path.name.lower().endswith(VOLUMES) and path.is_file()]
+    return sorted([*found, *(path for inner in inside if inner.is_dir() for path in volumes_below(inner))])
