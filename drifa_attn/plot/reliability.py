@@ -57,7 +57,7 @@ def reliability(results: Uncertainty | Mapping[str, Uncertainty], labels: Any, *
             upper.errorbar(x, y, bars, color=colour, marker="o", elinewidth=1, capsize=3, label=label)
             lower.plot(x, one.counts.numpy(), color=colour, marker="o")
         upper.set(ylabel="share of answers that is right", xlim=(0, 1.01), ylim=(0, 1.01), title="Reliability")
-        upper.legend(loc="upper left")
+        upper.legend(loc="best")
         lower.set(xlabel="confidence: probability of the answer", ylabel="answers in the bin", yscale="log")
     return figure
 
