@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-elsewhere test-oldest lint dist docs matrix wild bench kernels clean
+.PHONY: demo test test-elsewhere test-oldest lint dist docs pictures matrix wild bench kernels clean
 
 demo: .venv/examples
 	$(BIN)/python -m examples.quickstart
@@ -47,6 +47,11 @@ bench: .venv/dev
 
 kernels: .venv/dev
 	$(BIN)/python -m benchmarks.kernels
+
+# The code of the page writes its pictures.
+pictures: .venv/dev
+	cd docs/images && $(CURDIR)/$(BIN)/python -c 'import pathlib, re; \
+		[exec(code, {}) for code in re.findall("(?s)```python\n(.*?)```", pathlib.Path("../pictures.md").read_text())]'
 
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build --strict

@@ -1,5 +1,7 @@
 """DRIFA's dual attention (WACV 2025, arXiv:2412.01248) for any network."""
 
+from typing import TYPE_CHECKING
+
 from . import functional, ops
 from .attention import CLIA, HIFA, MFA, MGIFA, MIFA, MLIFA, RRA
 from .files import load_attention, save_attention
@@ -53,9 +55,22 @@ __all__ = [
     "ops",
     "parameter_groups",
     "plan",
+    "plot",
     "remove_dropout",
     "save_attention",
     "summary",
     "unwrap",
     "wrap",
 ]
+
+if TYPE_CHECKING:
+    from . import plot
+else:
+
+    def __getattr__(name):  # noqa: ANN001, ANN202 - checkers read the import above
+        """`drifa_attn.plot`, which is loaded when it is first asked for."""
+        if name != "plot":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return import_module(f"{__name__}.plot")

@@ -154,8 +154,9 @@ def test_the_quickstart_says_in_words_when_gates_do_not_attend():
 def test_every_page_is_in_the_site_and_every_public_name_on_the_page_of_names():
     named = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(f"docs/{name}" for name in named) == sorted(set(PAGES) - {"README.md"})
+    pictures = {f"plot.{name}" for name in drifa_attn.plot.__all__}
     shown = re.findall(r"^::: (\S+)\n    options: \{heading: drifa_attn\.([\w.]+),", PAGES["docs/api.md"], re.MULTILINE)
-    assert {name for _, name in shown} == {*drifa_attn.__all__, "fusion.Refiner", "fusion.Readout"}
+    assert {name for _, name in shown} == {*drifa_attn.__all__, "fusion.Refiner", "fusion.Readout", *pictures}
     for path, name in shown:
         assert pkgutil.resolve_name(path.rpartition(".")[0] + ":" + path.rpartition(".")[2]) is pkgutil.resolve_name(
             f"drifa_attn:{name}"
@@ -210,6 +211,42 @@ def test_times_of_a_whole_network_are_those_of_the_rows():
         times = [f"{float(one['p50']):.3g} ms" for one in (forward, step)]
         told = [row, *times, f"{int(forward['params']):,}", table.count(int(forward["flops"]))]
         assert f"| {' | '.join(told)} |" in PAGES["docs/speed.md"]
+
+
+def test_every_picture_is_made_by_the_code_above_it_and_is_small():
+    page = PAGES["docs/pictures.md"]
+    made = re.findall(r"plot\.(\w+)\(.*\)\.savefig\(\"(\w+)\.png\"\)", page)
+    assert sorted(name for name, _ in made) == drifa_attn.plot.__all__
+    assert all(name == file for name, file in made)
+    assert re.findall(r"!\[.+\]\(images/(\w+)\.png\)", page) == [file for _, file in made]
+    sizes = {path.stem: path.stat().st_size for path in (ROOT / "docs" / "images").iterdir()}
+    assert set(sizes) == {file for _, file in made}
+    assert max(sizes.values()) < 100_000
+    shown = {target for code in PAGES.values() for target in re.findall(r"!\[.*?\]\((.*?)\)", code)}
+    assert not [target for target in shown if not (ROOT / "docs" / target).exists()]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_without_stored_outputs(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "docs" / "first_steps.ipynb", 4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the kernel's own process
+        nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    said = "".join(output.get("text", "") for output in outputs)
+    assert "equal bit for bit: True" in said
+    assert "the same answers: True" in said
+    right = re.findall(r"(?:right on test images|upper and lower): ([\d.]+)%", said)
+    assert len(right) == 2
+    assert all(float(share) > 80 for share in right)
+    shown = [set(output["data"]) for output in outputs if "data" in output]
+    assert sum("text/html" in kinds for kinds in shown) == 1
+    assert sum("image/png" in kinds for kinds in shown) == 3
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

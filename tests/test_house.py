@@ -32,10 +32,12 @@ ARROWS = {
     "fusion": GROUND | {"attention", "network", "wrapping"},
     "uncertainty": GROUND | {"network", "wrapping"},
     "files": GROUND | {"attention", "network", "wrapping", "fusion"},
-    "commands": GROUND | {"ops", "attention", "network", "wrapping", "fusion", "uncertainty", "files", "__version__"},
+    "plot": GROUND | {"network", "wrapping", "fusion", "uncertainty"},
+    "commands": GROUND | {"ops", "attention", "network", "wrapping", "fusion", "uncertainty", "files", "plot", "__version__"},
     "__main__": {"commands"},
 }
 FOREIGN = {"timm", "numpy", "tests", "examples", "benchmarks"}
+DRAWING = {"matplotlib", "pytorch_grad_cam"}  # which only pictures may know
 
 
 def room(path):
@@ -66,7 +68,7 @@ def drawn(path):
             continue  # whose attentions it takes by their names
         elif mine == "commands" and top == "timm":
             continue  # whose networks it takes by their names
-        elif top in FOREIGN or (top == "triton" and mine != "ops"):
+        elif top in FOREIGN or (top == "triton" and mine != "ops") or (top in DRAWING and mine != "plot"):
             foreign.add(name)
     return rooms - {mine}, foreign
 

@@ -21,7 +21,7 @@ def test_import_loads_neither_timm_nor_triton():
     """torch itself may not load triton either, or this could not tell."""
     for code, expected in (("import sys, torch", set()), ("import sys, drifa_attn", {"drifa_attn", "einops"})):
         loaded = run(sys.executable, "-c", f"{code}; print({{name.partition('.')[0] for name in sys.modules}})")
-        packages = {"timm", "triton", "torchvision", "safetensors", "numpy.testing", "rich", "matplotlib"}
+        packages = {"timm", "triton", "torchvision", "safetensors", "numpy.testing", "rich", "matplotlib", "pytorch_grad_cam"}
         assert ast.literal_eval(loaded) & {"drifa_attn", "einops", *packages} == expected
 
 

@@ -16,7 +16,7 @@ from drifa_attn.ops.choose import triton_missing, triton_reason
 from .show import Table, show, show_json
 
 EXAMPLE = "drifa-attn doctor"
-PACKAGES = ("torch", "einops", "timm", "safetensors", "triton", "torchvision", "rich", "matplotlib")
+PACKAGES = ("torch", "einops", "timm", "safetensors", "triton", "torchvision", "rich", "matplotlib", "grad-cam")
 SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14), (1, 256, 14, 14))
 
 

@@ -240,7 +240,7 @@ MISTAKES = {
     "maps test_resnet image.png --weights attention.safetensors --out folder": "--out folder expected a file that ends",
     "maps test_resnet image.png --weights attention.safetensors --out no/o.png": "expected a file in a folder that is there",
     "maps test_resnet image.png --weights attention.safetensors --backbone backbone.pth --out o.png --class 5": "from 0 to 4",
-    "maps test_resnet image.png --weights attention.safetensors --backbone backbone.pth --out o.png --site zz": "--site 'zz'",
+    "maps test_resnet image.png --weights attention.safetensors --backbone backbone.pth --out o.png --site zz": "got site='zz'",
 }
 
 
