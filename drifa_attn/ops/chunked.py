@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from drifa_attn.functional import Pair, map_dtype, vector_dtype
+from drifa_attn import functional
+from drifa_attn.functional import Pair, Statistics, map_dtype, vector_dtype
 from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
 from . import tail as tails
-from .tail import slope
+from .tail import Tail, slope
 
 Weights = Sequence[Tensor]
 
@@ -327,6 +328,18 @@ def mfa_backward(
     return dx, list(dw), list(db), *source.gradients()
 
 
+def gain_of(stats: Tensor, tail: Tail) -> Tensor:
+    """The gain `a · alpha` from the pooled maps, or without alpha the gate a: `5 b d -> b c`."""
+    h1, h2, h3, h4, p = stats.unbind(0)
+    dense_weight, dense_bias, conv2_weight, conv2_bias, *scales = tail.head
+    global_info = functional.hifa_info(h1, h2, h3, h4, (dense_weight, dense_bias))
+    local_info = functional.clia_info(p, (conv2_weight, conv2_bias))
+    measured = Statistics(*tail.measured) if tail.measured else None
+    expand = (tail.expand[0], tail.expand[1]) if tail.expand else None
+    a = functional.fusion_gate(global_info, local_info, scales[0], scales[1], expand, measured)
+    return a if tail.alpha is None else functional.gain(a, tail.alpha)
+
+
 def mfa_gain_forward(
     x: Tensor,
     weights: Weights,
@@ -341,7 +354,7 @@ def mfa_gain_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gain of MFA, `b c`, and what `mfa_forward` gives; the weights behind the pooling as in `tail.Tail`."""
     stats, where = mfa_forward(x, weights, biases, squeeze_weight, squeeze_bias, places)
-    return tails.forward(stats, tails.Tail(head, measured, expand, alpha)), stats, where
+    return gain_of(stats, Tail(head, measured, expand, alpha)), stats, where
 
 
 def mfa_gain_backward(
@@ -359,7 +372,7 @@ def mfa_gain_backward(
     where: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None, list[Tensor]]:
     """The gradients of `mfa_gain_forward` for that of the gain: those of `mfa_backward`, then those of the tail's weights."""
-    grads, through = tails.backward(grad, stats, tails.Tail(head, measured, expand, alpha))
+    grads, through = tails.backward(grad, stats, Tail(head, measured, expand, alpha))
     return *mfa_backward(grads, x, weights, biases, squeeze_weight, squeeze_bias, stats, where), through
 
 

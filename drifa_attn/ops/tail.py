@@ -1,10 +1,10 @@
-"""The last steps of MFA, from the five pooled maps to the gain of each channel, and their gradients, in plain PyTorch.
+"""The gradients of the last steps of MFA, from the five pooled maps to the gain of each channel, in plain PyTorch.
 
     u = mean1 + max2    v = mean3 + max4    G = σ(lin(dense, [u ; v]))    L = p + σ(lin(conv2, p))
     a = σ(lin(expand, global_scale · G + local_scale · L))                gain = a · alpha
 
 These are vectors, so they cost no arithmetic, but in PyTorch every step is a kernel. As one operator with the pooling, they
-keep nothing for backward, which computes them a second time.
+keep nothing for backward, which computes them a second time. The forward is that of `functional`.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from drifa_attn import functional
-from drifa_attn.functional import Statistics
 
 
 class Tail(NamedTuple):
@@ -31,18 +28,6 @@ class Tail(NamedTuple):
     def weights(self) -> list[Tensor]:
         """What has gradients, in the order of `backward`'s."""
         return [*self.head, *self.expand, *(() if self.alpha is None else (self.alpha,))]
-
-
-def forward(stats: Tensor, tail: Tail) -> Tensor:
-    """The gain `a · alpha`, or without alpha the gate a: `5 b d -> b c`."""
-    h1, h2, h3, h4, p = stats.unbind(0)
-    dense_weight, dense_bias, conv2_weight, conv2_bias, *scales = tail.head
-    global_info = functional.hifa_info(h1, h2, h3, h4, (dense_weight, dense_bias))
-    local_info = functional.clia_info(p, (conv2_weight, conv2_bias))
-    measured = Statistics(*tail.measured) if tail.measured else None
-    expand = (tail.expand[0], tail.expand[1]) if tail.expand else None
-    a = functional.fusion_gate(global_info, local_info, scales[0], scales[1], expand, measured)
-    return a if tail.alpha is None else functional.gain(a, tail.alpha)
 
 
 def slope(h: Tensor) -> Tensor:

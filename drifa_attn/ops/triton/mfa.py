@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drifa_attn.ops import tail as tails
+from drifa_attn.ops.chunked import gain_of
 from drifa_attn.ops.tail import Tail
 
 from . import configs as config
@@ -256,7 +257,7 @@ def mfa_gain_forward(
     if weights[0].shape[0] <= config.WIDEST_CHAIN:
         return tail_forward(x, *chain_parts(*inputs), tail)
     stats, where = layerwise_forward(*inputs)
-    return tails.forward(stats, tail), stats, where
+    return gain_of(stats, tail), stats, where
 
 
 def mfa_gain_backward(
