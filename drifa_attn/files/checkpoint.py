@@ -15,7 +15,7 @@ from drifa_attn.wrapping.selection import At
 from drifa_attn.wrapping.training import classifier_names
 from drifa_attn.wrapping.wrap import Network
 
-from .format import read, write
+from .format import FORMAT, read, write
 from .rebuild import rebuild
 from .recipe import checked_masked, fuse_again, fused_recipe, wrap_again, wrapped_recipe
 from .source import located
@@ -125,15 +125,9 @@ def load_attention(
         check_backbone(one)
     file = located(path)
     if is_whole(file):
-        if isinstance(backbone, Mapping):
-            raise TypeError(
-                f"{path} is a checkpoint of one network, got {{modality: network}}: fuse by the call that was used, and "
-                "net.load_state_dict(...), or write it by save_attention."
-            )
-        tensors = network_state(file, backbone.state_dict().keys(), weights)
-        rebuild(backbone, tensors, at=at, attention=attention, example_input=example_input, mask_from=mask_from)
-        load_state(backbone, tensors, whole_state(backbone, tensors))
-        return backbone
+        return loaded_whole(
+            backbone, file, weights, at=at, attention=attention, example_input=example_input, mask_from=mask_from
+        )
     if at is not None or weights is not None or isinstance(attention, str):
         raise ValueError(f"{path} says itself where its attention is and of which kind: leave at=, weights= and a name out.")
     return loaded(backbone, file, attention, example_input, mask_from)
@@ -154,3 +148,22 @@ def loaded(backbone: Any, path: Path, attention: Any, example_input: Any, mask_f
         wrap_again(network, plan, example_input, attention, mask_from)
     load_state(network, tensors, chosen_state(network, **held))
     return network
+
+
+def loaded_whole(backbone: Any, path: Path, weights: str | None, **how: Any) -> nn.Module:
+    """The network with its attention and all its weights, out of a checkpoint of the whole; `how` it was wrapped."""
+    if isinstance(backbone, Mapping):
+        raise TypeError(
+            f"{path} is a checkpoint of one network, got {{modality: network}}: fuse by the call that was used, and "
+            "net.load_state_dict(...), or write it by save_attention."
+        )
+    tensors = network_state(path, backbone.state_dict().keys(), weights)
+    lacking = [name for name in whole_state(backbone, tensors) if name not in tensors]
+    if lacking:
+        raise ValueError(
+            f"{path} was not written by save_attention: it has no {FORMAT!r} metadata, and as a checkpoint of the whole "
+            f"network it lacks {lacking[0]!r}, which {type(backbone).__name__} has."
+        )
+    rebuild(backbone, tensors, **how)
+    load_state(backbone, tensors, whole_state(backbone, tensors))
+    return backbone

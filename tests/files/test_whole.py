@@ -264,15 +264,18 @@ def without(state, word):
 
 REFUSED = {
     "no attention": (lambda s: without(s, "drifa_attn"), "the checkpoint holds no attention that wrap put there"),
-    "a weight is missing": (lambda s: without(s, "fc.bias"), "the file lacks 'fc.bias', which ResNet has"),
+    "a weight is missing": (
+        lambda s: without(s, "fc.bias"),
+        "as a checkpoint of the whole network it lacks 'fc.bias', which ResNet has",
+    ),
     "a weight too many": (lambda s: s | LOSS, "the file holds 'loss.weight', which ResNet does not have"),
     "another head": (
         lambda s: changed(s, "fc.", lambda t: t[:7]),
         r"'fc.weight' is \(7, 96\) in the file and \(10, 96\) in ResNet",
     ),
     "other layers": (
-        lambda s: {key.replace("layer4", "layer5"): t for key, t in s.items()},
-        "the checkpoint has attention in 'layer5.0.*', a module that ResNet does not have",
+        lambda s: {key.replace("act1.drifa_attn", "act9.drifa_attn"): t for key, t in s.items()},
+        "the checkpoint has attention in 'act9', a module that ResNet does not have",
     ),
     "other channels": (
         lambda s: changed(s, "act1.drifa_attn.alpha", lambda t: t[:5]),
