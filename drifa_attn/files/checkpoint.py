@@ -160,9 +160,11 @@ def loaded_whole(backbone: Any, path: Path, weights: str | None, **how: Any) -> 
     tensors = network_state(path, backbone.state_dict().keys(), weights)
     lacking = [name for name in whole_state(backbone, tensors) if name not in tensors]
     if lacking:
+        is_renamed = hasattr(backbone, "save_pretrained")  # of transformers, whose version 5 writes other names than it uses
+        renamed = " Where its library writes names of its own, write torch.save(model.state_dict(), ...)." * is_renamed
         raise ValueError(
             f"{path} was not written by save_attention: it has no {FORMAT!r} metadata, and as a checkpoint of the whole "
-            f"network it lacks {lacking[0]!r}, which {type(backbone).__name__} has."
+            f"network it lacks {lacking[0]!r}, which {type(backbone).__name__} has.{renamed}"
         )
     rebuild(backbone, tensors, **how)
     load_state(backbone, tensors, whole_state(backbone, tensors))

@@ -317,6 +317,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(spoil, message, tmp_pa
     assert not (tmp_path / "it ran").exists()
 
 
+def test_a_library_that_renames_what_it_writes_is_named(tmp_path):
+    """As transformers does: the names in the folder of its Trainer are those of its older networks."""
+    (model, x), again = wrapped("resnet"), fresh()
+    again.save_pretrained = None
+    torch.save({key.replace("layer1.", "encoder.layer.0."): t for key, t in model.state_dict().items()}, tmp_path / "whole.pt")
+    with refused(
+        again, x, ValueError, r"lacks 'layer1.0.*, which ResNet has. Where its library writes names of its own, write"
+    ):
+        load_attention(again, tmp_path / "whole.pt", example_input=x)
+
+
 def test_a_file_that_was_cut_short_is_refused(tmp_path):
     (model, x), path, again = wrapped("resnet"), tmp_path / "whole.pt", fresh()
     torch.save(model.state_dict(), path)
