@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from . import functional, ops
 from .attention import CLIA, HIFA, MFA, MGIFA, MIFA, MLIFA, RRA
-from .files import load_attention, save_attention
+from .files import from_pretrained, load_attention, push_to_hub, save_attention, save_pretrained
 from .fusion import Fused, TaskLoss, collate, fuse
 from .uncertainty import RegressionUncertainty, Uncertainty, add_dropout, ensemble, mc_dropout, remove_dropout
 from .wrapping import (
@@ -46,6 +46,7 @@ __all__ = [
     "disabled",
     "ensemble",
     "freeze_backbone",
+    "from_pretrained",
     "functional",
     "fuse",
     "gains",
@@ -56,8 +57,10 @@ __all__ = [
     "parameter_groups",
     "plan",
     "plot",
+    "push_to_hub",
     "remove_dropout",
     "save_attention",
+    "save_pretrained",
     "summary",
     "unwrap",
     "wrap",

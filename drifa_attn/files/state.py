@@ -44,14 +44,28 @@ def check_state(model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[
             )
 
 
-def load_state(model: nn.Module, tensors: Mapping[str, Tensor], modules: Sequence[str], norms: Sequence[str]) -> None:
-    """Load a file's tensors; if that fails, all weights go back and the attention that `wrap` put there is taken out."""
+def whole_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of a network; of a tensor with several names those that a checkpoint has, for some are written only once."""
+    named: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        named.setdefault(id(tensor), {})[name] = tensor.detach()
+    state: dict[str, Tensor] = {}
+    for same in named.values():
+        known = [name for name in same if name in tensors] or list(same)[:1]
+        state |= {name: same[name] for name in known}
+    return state
+
+
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Load a file's tensors, which are to be those `expected` of the network; if that fails, all weights go back and the
+    attention that `wrap` put there is taken out.
+    """
     own = model.state_dict()
     before = [(tensor, tensor.clone()) for name, tensor in own.items() if name in tensors]
     state = OrderedDict(tensors)
     state._metadata = own._metadata  # type: ignore[attr-defined] # the versions of modules, which some ask for
     try:
-        check_state(model, tensors, chosen_state(model, modules, norms))
+        check_state(model, tensors, expected)
         model.load_state_dict(state, strict=False)
     except Exception:
         for tensor, value in before:
