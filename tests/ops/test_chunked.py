@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from drifa_attn.ops import chunked
@@ -23,6 +23,7 @@ def test_mfa_errs_little_more_than_the_reference(problem, dtype, chunk):
 
 @given(problem=problems(), dtype=DTYPE, chunk=CHUNK, masked=st.booleans())
 def test_mifa_errs_little_more_than_the_reference(problem, dtype, chunk, masked):
+    assume(dtype == torch.float32 or problem.b * problem.c * problem.n >= 16)  # with few numbers the reference may be lucky
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "CHUNK", chunk)
         check_mifa(problem._replace(dtype=dtype), chunked, masked=masked)
