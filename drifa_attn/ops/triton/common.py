@@ -215,12 +215,11 @@ def finish_kernel(
     inside = row < width
     for s in tl.static_range(STATS):
         if bit(PEAK_BITS, s):
-            k: tl.constexpr = ones_below(PEAK_BITS, s)
-            value, at = peak_of(parts, spots, b, chunks, s, k, STATS, PEAKS, row, width, padded, CHUNKS)
+            value, at = peak_of(parts, spots, b, chunks, s, ones_below(PEAK_BITS, s), STATS, PEAKS, row, width, padded, CHUNKS)
             if bit(NEGATED_BITS, s):
                 value = -value
             # if all values are NaN, no position has the maximum
-            tl.store(where + (k * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
+            tl.store(where + (ones_below(PEAK_BITS, s) * samples + b) * width + row, tl.minimum(at, n - 1), mask=inside)
         else:
             value = total_of(parts, b, chunks, s, STATS, row, width, padded, CHUNKS) / n
         if bit(SIGMOID_BITS, s):
