@@ -110,6 +110,8 @@ def growth(found: Found) -> str:
 
 def steep(found: Found) -> str:
     """What grows faster than its work: by more than a tenth than batch, pixels, weights, modalities, or blocks."""
+    if not found.all(suite="growth"):
+        return "No rows yet: `python -m benchmarks growth --csv FILE` measures some."
     lines = []
     for group in grown(found, "growth"):
         axis = axis_of(group[0])

@@ -35,6 +35,7 @@ SMALL_TRAINED = 2**15
 
 GROUPED = "without gradients, a CPU computes groups of samples whose maps stay in its cache"
 MOST_GROUPED = 2**22  # elements of one sample's map, beyond which no group fits
+NARROW, WIDE = 32, 128  # up to the first, groups pay; up to the second for small maps; beyond, each group reads big weights
 
 MINIMUM_TRITON = (3, 6)  # interpreted with this version and with 3.8; the configurations were compiled with 3.8
 WIDEST = 4096  # the widest that was compiled; nothing in the layer-wise kernels depends on it
@@ -163,9 +164,10 @@ def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
         return "one position per sample: nothing to pool"
     if kind == "cuda":
         return None
-    if not trained and products > 1 and x.dtype in (torch.float32, torch.float64) and n * width <= MOST_GROUPED and b:
-        return GROUPED
     elements, small = b * n * width, SMALL_TRAINED if trained else SMALL
+    fits = n * width <= MOST_GROUPED and (width <= NARROW or (width <= WIDE and elements < small))
+    if not trained and products > 1 and x.dtype in (torch.float32, torch.float64) and fits and b:
+        return GROUPED
     if elements < small:
         return f"a map of {elements} elements is small: fewer than {small}"
     if products == 1 and not trained:
