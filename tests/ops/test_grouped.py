@@ -55,6 +55,24 @@ def test_autocast_lowers_nothing():
             assert torch.equal(mfa.gates(x), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("channels", "reduction", "side", "path"),
+    [
+        (64, 8, 112, "grouped"),  # eight wide, whatever the size of the map
+        (2048, 16, 7, "grouped"),  # 128 wide and a small map
+        (64, None, 56, "chunked"),
+        (128, None, 28, "chunked"),
+        (256, None, 7, "reference"),
+        (2048, None, 3, "chunked"),
+    ],
+)
+def test_wide_attention_is_not_grouped(channels, reduction, side, path):
+    """Each group reads all weights again: beyond a width that costs more than the cache saves."""
+    mfa = MFA(channels, reduction=reduction, device="meta").to_empty(device="cpu")
+    assert ops.explain(mfa, torch.empty(8, channels, side, side)).path == path
+
+
 def test_what_needs_more_than_values_takes_another_way():
     mfa, x = built(), torch.randn(2, 8, 30)
     assert ops.explain(mfa, x).path != "grouped"  # gradients
