@@ -6,13 +6,13 @@ from fnmatch import fnmatch
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes, read when torch is loaded
 
-from . import growth, layers, net, ops, scaling, wrap
-from .arguments import Parser, device, output, seconds, shape
+from . import growth, layers, net, ops, scaling, sites, wrap
+from .arguments import Parser, count, device, output, seconds, shape
 from .cases import DTYPES, LAYOUTS, MODES, PROVIDERS, Case, Options
 from .rows import RESULTS, check_appendable
 from .run import run
 
-SUITES = {"ops": ops, "layers": layers, "wrap": wrap, "net": net, "scaling": scaling, "growth": growth}
+SUITES = {"ops": ops, "layers": layers, "sites": sites, "wrap": wrap, "net": net, "scaling": scaling, "growth": growth}
 
 
 def flags() -> Parser:
@@ -29,6 +29,7 @@ def flags() -> Parser:
         suite.add_argument("--shape", nargs="+", type=shape, default=[], help="of one input, as 8x64x56x56")
         suite.add_argument("--mode", nargs="+", choices=MODES, default=["forward", "full"])
         suite.add_argument("--seconds", type=seconds, default=1.0, help="spent on timing one row (default 1)")
+        suite.add_argument("--threads", type=count, help="of PyTorch on a CPU (default: as many as it takes)")
         suite.add_argument("--csv", type=output, help="append the rows to this file; it is new, or holds such rows")
     bench = commands.add_parser("bench", help="The selection behind README.md: CSVs, plots and tables, in ten minutes.")
     bench.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -80,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
             shapes=tuple(given.shape),
             modes=tuple(given.mode),
             seconds=given.seconds,
+            threads=given.threads,
             csv=given.csv,
         )
         with parser.explained():

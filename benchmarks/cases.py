@@ -29,6 +29,7 @@ class Options:
     shapes: tuple[tuple[int, ...], ...] = ()
     modes: tuple[str, ...] = ("forward", "full")
     seconds: float = 1.0
+    threads: int | None = None  # None: as many as PyTorch takes
     csv: Path | None = None
     deadline: float = float("inf")  # on `time.monotonic`
 

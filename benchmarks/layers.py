@@ -1,20 +1,24 @@
-"""Single layers: MFA and MIFA against timm's attention (SE, ECA, CBAM, GC) and against none."""
+"""Single layers: MFA and MIFA against timm's attention (SE, ECA, CBAM, GC), against none, and against MFA's products alone."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from timm import layers as timm_layers
 from timm.layers.cbam import CbamModule
-from torch import nn
+from torch import Tensor, nn
 
-from drifa_attn import MFA, MIFA
+from drifa_attn import MFA, MIFA, functional
+from drifa_attn.attention.mfa import pair
+from drifa_attn.ops import grouped
 
 from .cases import DTYPES, Case, Options, Setup, text
 
 RESNET18 = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and side of the stages, for images of 224 pixels
 RESNET50 = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 OURS = ("MFA", "MFA /16", "MIFA")
-PEERS = ("SE", "ECA", "CBAM", "GC", "none")
+ALONE = ", products alone"  # behind the name of an MFA: what no way to compute it can avoid
+PEERS = ("SE", "ECA", "CBAM", "GC", "none", f"MFA{ALONE}")
 
 
 def stages(batch: int, *networks: tuple[tuple[int, int], ...]) -> list[tuple[int, ...]]:
@@ -34,8 +38,38 @@ def peer(name: str, channels: int) -> nn.Module:
     return builders[name](channels)
 
 
-def layer(op: str, channels: int) -> nn.Module:
+class Products(nn.Module):
+    """What an MFA multiplies, and nothing else: its products over positions, then each channel by a number.
+
+    Shape: x `b c h w` -> the last products of CLIA and of HIFA, `b d n` each, and `x · alpha`.
+    """
+
+    def __init__(self, attention: MFA) -> None:
+        super().__init__()
+        self.squeeze, self.alpha = attention.squeeze, attention.alpha
+        self.in_turn = nn.ModuleList(list(attention.hifa.children())[:4])
+        self.beside = attention.clia.conv1
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The products, each as it is cheapest: narrow ones as matrices, wide ones as convolutions."""
+        product, z = wide if self.squeeze is None else grouped.product, x.flatten(2)
+        if self.squeeze is not None:
+            z = product(pair(self.squeeze), z)
+        h = z
+        for conv in self.in_turn:
+            h = product(pair(conv), h)
+        return [product(pair(self.beside), z), h, x * self.alpha[:, None, None]]
+
+
+def wide(linear: functional.Linear, x: Tensor) -> Tensor:
+    """`lin`, with its arguments in the order of `grouped.product`."""
+    return functional.lin(x, linear)
+
+
+def layer(op: str, channels: int) -> Any:
     """A layer by the name it has in the rows."""
+    if op.endswith(ALONE):
+        return Products(layer(op.removesuffix(ALONE), channels))
     if op == "MIFA":
         return MIFA(channels)
     if op in OURS:

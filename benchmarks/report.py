@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .layers import ALONE
 from .plots import draw
 from .rows import RESULTS, Row, read
 from .scaling import along, exponent
-from .targets import TARGETS, Found, at, verdict
+from .targets import OURS, TARGETS, Found, at, verdict
 
 README = Path(__file__).parent / "README.md"
 
@@ -26,7 +27,7 @@ def number(value: float | None) -> str:
 
 def device_of(row: Row) -> str:
     """The device, as a column."""
-    return row.device if row.on_gpu else f"{row.device}, {row.threads} threads"
+    return row.device if row.on_gpu else f"{row.device}, {row.threads} thread{'s' * (row.threads > 1)}"
 
 
 def targets(found: Found) -> str:
@@ -174,6 +175,28 @@ def roofline(found: Found) -> str:
     return table(("device", "dtype", "shape", "provider", "mode", "bound by", "floor ms:", "reached:"), lines)
 
 
+def sites(found: Found) -> str:
+    """The five sites of ResNet-50, each attention against SE."""
+    lines = []
+    for row in found.all(suite="sites", mode="forward"):
+        same = {"suite": "sites", "mode": "forward", "shape": row.shape, "device": row.device, "dtype": row.dtype}
+        if se := found.all(op="SE", **same):
+            ratio = f"{row.p50 / se[0].p50:.2f}"
+            lines.append((device_of(row), row.dtype, str(row.sizes[0]), row.op, row.provider, number(row.p50), ratio))
+    return table(("device", "dtype", "batch:", "what", "provider", "forward ms:", "of SE's:"), lines)
+
+
+def floors(found: Found) -> str:
+    """What the library takes, and what its equations' products alone take, at each shape."""
+    lines = []
+    for ours in found.all(suite="layers", op="MFA", provider=OURS):
+        same = {"mode": ours.mode, "shape": ours.shape, "device": ours.device, "dtype": ours.dtype}
+        for alone in found.all(suite="layers", op=f"MFA{ALONE}", **same):
+            ratio = f"{ours.p50 / alone.p50:.2f}"
+            lines.append((device_of(ours), ours.dtype, at(ours), ours.mode, number(ours.p50), number(alone.p50), ratio))
+    return table(("device", "dtype", "shape", "mode", "MFA ms:", "its products alone ms:", "ratio:"), lines)
+
+
 def failures(rows: Found) -> str:
     """What has no numbers, and why."""
     lines = [(device_of(r), f"{r.op}, {r.provider}", r.mode, r.shape, r.dtype, r.error) for r in rows.failed]
@@ -185,6 +208,8 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "versions": versions,
     "layers": layers,
     "ops": ops,
+    "sites": sites,
+    "floors": floors,
     "networks": networks,
     "net": net,
     "scaling": scaling,

@@ -154,6 +154,16 @@ def roofline(suite: str, options: Options, side: int | None) -> Iterator[Row]:
 
 def run(suite: str, groups: Iterable[Sequence[Case]], options: Options, *, side: int | None = None) -> list[Row]:
     """Measure the roofline and every case, print the rows, and append them to the CSV file as they come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads or before)
+    try:
+        return all_rows(suite, groups, options, side)
+    finally:
+        torch.set_num_threads(before)
+
+
+def all_rows(suite: str, groups: Iterable[Sequence[Case]], options: Options, side: int | None) -> list[Row]:
+    """The same, in the threads that are set."""
     gc.freeze()  # collecting garbage before each count of memory need not look at what is loaded already
     rows: list[Row] = []
 

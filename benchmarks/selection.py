@@ -10,7 +10,7 @@ import torch
 import drifa_attn
 
 from .cases import Options
-from .layers import RESNET18, RESNET50, stages
+from .layers import ALONE, RESNET18, RESNET50, stages
 from .rows import RESULTS, device_name, slug
 from .run import run
 from .wrap import NETWORKS, PEERS
@@ -25,9 +25,10 @@ IMAGES = (4, 3, 224, 224)
 
 def on_cpu(start: Options) -> Iterator[tuple[str, Options]]:
     """Suites and options for two cores: float32, batch 8, whole backbones one image at a time."""
-    mfa = replace(start, ops=("MFA",), providers=LIBRARY)
-    yield "layers", replace(mfa, shapes=stages(8, RESNET18[1:], RESNET50))
+    dense = replace(start, ops=("MFA", f"MFA{ALONE}"), providers=WITH_PEERS)
+    yield "layers", replace(dense, shapes=stages(8, RESNET18[1:], RESNET50))
     yield "layers", replace(start, providers=(*WITH_PEERS, "fused"), shapes=stages(8, RESNET18[:1]))
+    yield "sites", replace(start, providers=WITH_PEERS, modes=("forward",), seconds=2, threads=1)
     yield "net", replace(start, providers=LIBRARY, seconds=4)
     yield "wrap", replace(start, ops=PAIRED, providers=WITH_PEERS, modes=("forward",), seconds=3)
     yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",), shapes=(IMAGES,))
@@ -43,6 +44,7 @@ def on_gpu(start: Options) -> Iterator[tuple[str, Options]]:
     first, rest = stages(64, RESNET18[:1]), stages(64, RESNET18[1:], RESNET50)
     yield "layers", replace(start, providers=(*three, "peers"), shapes=first)
     yield "layers", replace(start, ops=("MFA",), providers=three, shapes=rest)
+    yield "sites", replace(start, providers=WITH_PEERS, modes=("forward",))
     yield "wrap", replace(start, ops=PAIRED, providers=WITH_PEERS, modes=("forward",))
     yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",))
     yield "net", replace(start, providers=LIBRARY)

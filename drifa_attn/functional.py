@@ -59,6 +59,11 @@ def as_map(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return x if mask is None else torch.where(mask[:, None], x, 0)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; where it has it already, nothing is called: `Tensor.to` takes as long as a small product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def each(mask: Masks, xs: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """The mask of each modality, None for those that have none."""
     return [None] * len(xs) if mask is None else mask
@@ -81,7 +86,7 @@ def lin(x: Tensor, linear: Linear) -> Tensor:
     if callable(linear):
         return called(linear, x.mT).mT
     weight, bias = linear
-    return F.conv1d(x, weight.to(x.dtype)[..., None], bias.to(x.dtype))
+    return F.conv1d(x, cast(weight, x.dtype)[..., None], cast(bias, x.dtype))
 
 
 def dense(v: Tensor, linear: Linear) -> Tensor:
@@ -89,7 +94,7 @@ def dense(v: Tensor, linear: Linear) -> Tensor:
     if callable(linear):
         return called(linear, v)
     weight, bias = linear
-    return F.linear(v, weight.to(v.dtype), bias.to(v.dtype))
+    return F.linear(v, cast(weight, v.dtype), cast(bias, v.dtype))
 
 
 def pool_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -180,7 +185,7 @@ def clia_info(p: Tensor, conv2: Linear) -> Tensor:
 
 def standardised(info: Tensor, center: Tensor, spread: Tensor) -> Tensor:
     """`(info − center) / spread`: information `b d` with mean zero and deviation one over the data that was measured."""
-    return (info - center.to(info.dtype)) / spread.to(info.dtype)
+    return (info - cast(center, info.dtype)) / cast(spread, info.dtype)
 
 
 def fusion_gate(
@@ -203,7 +208,7 @@ def fusion_gate(
     if statistics is not None:
         global_info = standardised(global_info, statistics.global_center, statistics.global_spread)
         local_info = standardised(local_info, statistics.local_center, statistics.local_spread)
-    fused = global_scale.to(dtype) * global_info + local_scale.to(dtype) * local_info
+    fused = cast(global_scale, dtype) * global_info + cast(local_scale, dtype) * local_info
     return (fused if expand is None else dense(fused, expand)).sigmoid()
 
 
@@ -213,7 +218,7 @@ def gain(a: Tensor, alpha: Tensor) -> Tensor:
     Shape: a `b c`, alpha `c` -> `b c`. At a = σ(0) = ½ and alpha = 2 the factor is exactly 1.
     Differs: none.
     """
-    return a * alpha.to(a.dtype)
+    return a * cast(alpha, a.dtype)
 
 
 def mfa(

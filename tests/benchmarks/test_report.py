@@ -103,11 +103,37 @@ def test_attention_is_charged_what_it_adds_to_the_plain_network():
     assert judged("attention's share", [eager, ours])[1] == ""
 
 
+def against(against, some, gpu=False):
+    return [verdict(t, Found(some)) for t in TARGETS if t.against == against and t.gpu == gpu]
+
+
 def test_overhead_is_what_wrap_adds_over_what_se_adds():
-    plain = replace(ROW, suite="wrap", op="resnet50 plain", provider="peers", p50=50.0, shape="1x3x224x224")
+    plain = replace(ROW, suite="wrap", op="resnet50 plain", provider="peers", p50=50.0, shape="1x3x224x224", device=GPU)
     some = [plain, replace(plain, op="resnet50 SE", p50=52.0), replace(plain, op="resnet50 MFA", provider="auto", p50=56.0)]
-    (cpu,) = [t for t in TARGETS if t.against.startswith("SE") and not t.gpu]
-    assert verdict(cpu, Found(some)) == ("3 (batch 1)", "missed")
+    assert against("SE, same sites", some, gpu=True) == [("3 (batch 1)", "missed")]
+
+
+def test_a_training_step_is_held_to_the_plain_network():
+    plain = replace(ROW, suite="wrap", op="resnet50 plain", provider="peers", mode="full", p50=100.0, shape="4x3x224x224")
+    some = [plain, replace(plain, op="resnet50 MFA", provider="auto", p50=108.0)]
+    assert against("plain", some) == [("1.08 (batch 4)", "met")]
+    assert against("plain", some[1:]) == [("no row yet: run `make bench`", "")]
+
+
+def test_the_sites_are_held_to_se_at_each_batch():
+    se = replace(ROW, suite="sites", op="SE", provider="peers", p50=1.0, shape="1x64x112x112")
+    one, eight = se, replace(se, p50=8.0, shape="8x64x112x112")
+    ours = {"op": "MFA /16", "provider": "auto"}
+    some = [one, eight, replace(one, p50=4.0, **ours), replace(eight, p50=24.0, **ours)]
+    assert against("SE there", some) == [("4 (batch 1)", "missed"), ("3 (batch 8)", "met")]
+    assert "| 1 | MFA /16 | auto | 4 | 4.00 |" in report.sites(Found(some))
+    assert "| 8 | SE | peers | 8 | 1.00 |" in report.sites(Found(some))
+
+
+def test_what_the_library_takes_stands_beside_its_products_alone():
+    some = [replace(ROW, provider="auto", p50=12.0), replace(ROW, op="MFA, products alone", provider="peers", p50=10.0)]
+    assert "| c=64 at 56x56 | forward | 12 | 10 | 1.20 |" in report.floors(Found(some))
+    assert report.floors(Found(some[:1])).count("\n") == 1
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
@@ -190,7 +216,7 @@ def test_selection_holds_what_every_target_is_read_from(plan):
     assert not [t.what for t in either if not t.measure(found)]
 
 
-GPU_SHAPES = {"wrap": [((64, 3, 224, 224),)], "net": [((64, 3, 128, 128),)], "scaling": [((32, 64, 28, 28),)]}
+GPU_SHAPES = {"sites": [((64, 64, 112, 112),)], "wrap": [((64, 3, 224, 224),)], "net": [((64, 3, 128, 128),)], "scaling": [((32, 64, 28, 28),)]}
 
 
 def test_command_lists_the_suites_and_runs_one(capsys, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import growth, layers, net, ops, run, scaling, wrap
+from benchmarks import growth, layers, net, ops, run, scaling, sites, wrap
 from benchmarks.cases import Case, Options, Setup
 from benchmarks.correctness import Reference
 from benchmarks.rows import read
@@ -53,6 +53,47 @@ def test_layers_runs():
     rows = succeeded(rows_of(layers, shapes=((2, 8, 4, 4),)))
     assert {op for op, _, _ in rows} == {*layers.OURS, *layers.PEERS}
     assert rows["MFA", "eager", "full"].flops == 3 * rows["MFA", "eager", "forward"].flops
+
+
+def test_products_alone_are_those_of_the_layer():
+    """In the reduced one too, its FLOPs are the layer's but for the pooled vectors, and no weight is idle."""
+    rows = succeeded(rows_of(layers, ops=("MFA", "MFA, products alone"), shapes=((2, 8, 4, 4),)))
+    alone, whole = rows["MFA, products alone", "peers", "forward"], rows["MFA", "eager", "forward"]
+    assert alone.flops == 2 * 5 * 2 * 16 * 8 * 8
+    assert whole.flops - alone.flops == 2 * 3 * 2 * 8 * 8
+    reduced = layers.layer("MFA /16, products alone", 64)
+    assert all(weight.grad is not None for weight in trained(reduced, torch.randn(2, 64, 9)))
+
+
+def trained(module, x):
+    sum(y.sum() for y in module(x[..., None])).backward()
+    return list(module.parameters())
+
+
+def test_sites_runs_in_the_threads_that_are_asked_for(monkeypatch):
+    monkeypatch.setattr(sites, "SITES", ((16, 4), (32, 2)))
+    before = torch.get_num_threads()
+    found = rows_of(sites, shapes=((2, 16, 4, 4),), modes=("forward",), threads=1)
+    assert torch.get_num_threads() == before
+    assert {row.threads for row in found} == {1}
+    rows = succeeded(found)
+    assert {op for op, _, _ in rows} == {"MFA /16", "MFA /16, products alone", "SE", "ECA", "CBAM"}
+    with pytest.raises(ValueError, match="Bx16x4x4"):
+        list(sites.cases(replace(TINY, shapes=((2, 8, 4, 4),))))
+
+
+def test_a_network_that_enlarges_rounding_is_held_to_what_eager_does():
+    class Chaotic(nn.Module):
+        def forward(self, x):
+            return (x * 1e4).sin() + self.wrong * x.dtype.is_floating_point * (x.dtype == torch.float32)
+
+    for wrong, refused in ((0.0, False), (1.0, True)):
+        module = Chaotic()
+        module.wrong = wrong
+        (row,) = measured(
+            "wrap", [Case("chaos", "peers", "2x3", lambda m=module: built(m), network=True)], "forward", TINY, Reference()
+        )
+        assert row.error.startswith("ValueError: wrong: output 0") == refused, row.error
 
 
 def test_wrap_runs():
