@@ -29,9 +29,11 @@ MODES = ("auto", "reference", "fused")
 
 # Elements of a map (at the width that attention works at) from which a fused operator pays on a CPU, measured on two cores.
 # Without gradients it must save time. With gradients it saves the memory that is kept for backward, and may take up to twice
-# the time in so small a layer.
+# the time in so small a layer. Where attention is reduced, its maps are a small part of what is kept: there it must not take
+# longer.
 SMALL = 2**17
 SMALL_TRAINED = 2**15
+SMALL_TRAINED_REDUCED = 2**18
 
 GROUPED = "without gradients, a CPU computes groups of samples whose maps stay in its cache"
 MOST_GROUPED = 2**22  # elements of one sample's map, beyond which no group fits
@@ -159,12 +161,12 @@ def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
     # the position of the maximum, and keep less, so compiled code that is trained takes them at any size.
     if torch.compiler.is_compiling() and kind == "cpu":
         return None
-    b, _, n = x.shape
+    b, c, n = x.shape
     if n == 1:
         return "one position per sample: nothing to pool"
     if kind == "cuda":
         return None
-    elements, small = b * n * width, SMALL_TRAINED if trained else SMALL
+    elements, small = b * n * width, least(trained, width < c)
     fits = n * width <= MOST_GROUPED and (width <= NARROW or (width <= WIDE and elements < small))
     if not trained and products > 1 and x.dtype in (torch.float32, torch.float64) and fits and b:
         return GROUPED
@@ -173,6 +175,13 @@ def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
     if products == 1 and not trained:
         return "one product per modality: without gradients, no memory can be saved"
     return None
+
+
+def least(trained: bool, reduced: bool) -> int:
+    """The elements of a map from which a fused operator pays on a CPU."""
+    if not trained:
+        return SMALL
+    return SMALL_TRAINED_REDUCED if reduced else SMALL_TRAINED
 
 
 def kernel_reason(xs: Sequence[Tensor], width: int) -> str | None:

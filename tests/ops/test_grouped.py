@@ -73,6 +73,21 @@ def test_wide_attention_is_not_grouped(channels, reduction, side, path):
     assert ops.explain(mfa, torch.empty(8, channels, side, side)).path == path
 
 
+@pytest.mark.parametrize(
+    ("channels", "reduction", "batch", "side", "path"),
+    [
+        (1024, 16, 4, 14, "reference"),  # a reduced map is a small part of what is kept, and costs time
+        (256, 16, 4, 56, "reference"),
+        (64, 8, 4, 112, "chunked"),
+        (64, None, 4, 14, "chunked"),
+        (64, None, 1, 14, "reference"),
+    ],
+)
+def test_reduced_attention_is_fused_in_training_only_where_it_is_as_fast(channels, reduction, batch, side, path):
+    mfa = MFA(channels, reduction=reduction, device="meta").to_empty(device="cpu")
+    assert ops.explain(mfa, torch.empty(batch, channels, side, side)).path == path
+
+
 def test_what_needs_more_than_values_takes_another_way():
     mfa, x = built(), torch.randn(2, 8, 30)
     assert ops.explain(mfa, x).path != "grouped"  # gradients
