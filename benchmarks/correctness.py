@@ -14,8 +14,8 @@ from .measure import tensors
 
 # Largest relative error (L2) of an output, and of the gradient of one weight or input, against float64. A maximum may move to a
 # nearly tied position that a float64 run does not choose, and its gradient with it: for gradients three times eager's own
-# error is allowed instead, up to a cap that a wrong sign, a zero or a doubled gradient exceeds. So too for the outputs of a whole
-# network of random weights, which may enlarge the rounding of its first layers.
+# error is allowed instead, up to a cap that a wrong sign, a zero or a doubled gradient exceeds. So it is for the outputs of a
+# whole network of random weights, which may enlarge the rounding of its first layers.
 OUTPUT = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
 NETWORK = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.3}  # a whole network's outputs
 GRADIENT = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.1}

@@ -216,7 +216,12 @@ def test_selection_holds_what_every_target_is_read_from(plan):
     assert not [t.what for t in either if not t.measure(found)]
 
 
-GPU_SHAPES = {"sites": [((64, 64, 112, 112),)], "wrap": [((64, 3, 224, 224),)], "net": [((64, 3, 128, 128),)], "scaling": [((32, 64, 28, 28),)]}
+GPU_SHAPES = {
+    "sites": [((64, 64, 112, 112),)],
+    "wrap": [((64, 3, 224, 224),)],
+    "net": [((64, 3, 128, 128),)],
+    "scaling": [((32, 64, 28, 28),)],
+}
 
 
 def test_command_lists_the_suites_and_runs_one(capsys, tmp_path):
