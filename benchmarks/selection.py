@@ -55,13 +55,15 @@ def on_gpu(start: Options) -> Iterator[tuple[str, Options]]:
 
 
 def bench(device: torch.device, suites: Mapping[str, ModuleType], deadline: float) -> Path:
-    """Run the selection of a device; its CSVs of this version are overwritten. Returns their folder."""
+    """Run the selection of a device; the CSVs of its suites and this version are overwritten. Returns their folder."""
     folder = RESULTS / drifa_attn.__version__
     name = slug(device_name(device))
-    for old in folder.glob(f"{name}-*.csv"):
-        old.unlink()
     gpu = device.type == "cuda"
     start = Options(device=device, dtype="bf16" if gpu else "fp32", seconds=0.3 if gpu else 1.0, deadline=deadline)
-    for suite, options in (on_gpu if gpu else on_cpu)(start):
-        run(suite, suites[suite].cases(options), replace(options, csv=folder / f"{name}-{suite}.csv"))
+    selected = list((on_gpu if gpu else on_cpu)(start))
+    files = {suite: folder / f"{name}-{suite}.csv" for suite, _ in selected}
+    for file in files.values():
+        file.unlink(missing_ok=True)
+    for suite, options in selected:
+        run(suite, suites[suite].cases(options), replace(options, csv=files[suite]))
     return folder

@@ -71,7 +71,7 @@ def put_peer(model: nn.Module, name: str) -> nn.Module:
 
 
 def network(name: str, way: str) -> nn.Module:
-    """A backbone, plain or refined; the gains are moved off one, where attention would have no say."""
+    """A backbone, plain or refined; the gains are half as much again, so that none is one, where attention would have no say."""
     model = timm.create_model(name)
     if way == "plain":
         return model
@@ -79,7 +79,8 @@ def network(name: str, way: str) -> nn.Module:
     if way in PEERS:
         return put_peer(model, way)
     for _, attention in placed(model):
-        nn.init.constant_(attention.alpha, 3.0)
+        with torch.no_grad():
+            attention.alpha.mul_(1.5)
     return model
 
 

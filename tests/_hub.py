@@ -16,6 +16,8 @@ from tests._process import run
 CLIENT = """
 import json, sys
 import timm, torch, drifa_attn
+from tests import older
+older.register()
 fresh = lambda: timm.create_model("test_resnet", num_classes=3)
 total = lambda model: sum(p.detach().double().abs().sum().item() for p in drifa_attn.attention_parameters(model))
 for step in sys.argv[1:]:

@@ -21,15 +21,17 @@ default_cfgs = generate_default_cfgs(
 
 
 def test_resnet(pretrained, **options):
-    """Basic blocks, but a bottleneck in the third stage: one kind for all stages is what older versions build."""
-    channels = {"layers": (1, 1, 1, 1), "channels": (32, 48, 192, 96), "block": resnet.BasicBlock}
+    """Basic blocks, but bottlenecks in the third stage: one kind for all stages is what older versions build."""
+    one, two, three, four = options.pop("channels", (32, 48, 48, 96))
+    widths = {"layers": (1, 1, 1, 1), "channels": (one, two, 4 * three, four), "block": resnet.BasicBlock}
     stem = {"stem_width": 16, "stem_type": "deep", "avg_down": True}
-    model = timm.models.build_model_with_cfg(resnet.ResNet, "test_resnet", pretrained, **{**channels, **stem, **options})
-    basic = model.layer3[0]
-    model.layer3[0] = resnet.Bottleneck(48, 48, 2, basic.downsample, drop_path=basic.drop_path)
-    for conv in (model.layer3[0].conv1, model.layer3[0].conv2, model.layer3[0].conv3):
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    model.layer3[0].zero_init_last()
+    model = timm.models.build_model_with_cfg(resnet.ResNet, "test_resnet", pretrained, **{**widths, **stem, **options})
+    for i, basic in enumerate(model.layer3):
+        first = (two, three, 2, basic.downsample) if i == 0 else (4 * three, three)
+        model.layer3[i] = block = resnet.Bottleneck(*first, drop_path=basic.drop_path)
+        for conv in (block.conv1, block.conv2, block.conv3):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        block.zero_init_last()
     return model
 
 

@@ -7,10 +7,19 @@ import torch
 from tests import older
 
 
-@pytest.mark.parametrize("build", [older.test_resnet, older.test_convnext], ids=lambda build: build.__name__)
-def test_a_network_of_the_oldest_version_is_the_later_one(build):
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (older.test_resnet, {}),
+        (older.test_resnet, {"channels": (32, 64, 96, 192)}),
+        (older.test_resnet, {"layers": (1, 2, 2, 1)}),
+        (older.test_convnext, {}),
+    ],
+)
+def test_a_network_of_the_oldest_version_is_the_later_one(build, options):
     """The same tensors give the same output; where timm lacks the network, the two are one."""
-    later, mine = timm.create_model(build.__name__, num_classes=3).eval(), build(False, num_classes=3).eval()
+    later = timm.create_model(build.__name__, num_classes=3, **options).eval()
+    mine = build(False, num_classes=3, **options).eval()
     mine.load_state_dict(later.state_dict())
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(mine(x), later(x))

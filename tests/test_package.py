@@ -78,6 +78,10 @@ def test_the_metadata_says_whose_it_is_and_where_it_runs(wheel):
     minors = [
         int(c.rpartition(".")[2]) for c in says.get_all("Classifier") if c.startswith("Programming Language :: Python :: 3.")
     ]
+    text = says.get_payload()
+    assert says["Description-Content-Type"] == "text/markdown"
+    assert text.startswith("# drifa_attn")
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]*)\)", text)), "a link needs the repository"
     assert minors == list(range(int(says["Requires-Python"].removeprefix(">=3.")), minors[-1] + 1))
 
 

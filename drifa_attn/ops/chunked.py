@@ -25,7 +25,7 @@ from drifa_attn.layout import Layout, spread
 from drifa_attn.layout import positions as flat
 
 from . import tail as tails
-from .tail import Tail, slope
+from .tail import Tail, through_sigmoid
 
 Weights = Sequence[Tensor]
 
@@ -306,7 +306,7 @@ def mfa_backward(
     conv1, conv2, conv3, conv4, clia1 = products
     g1, g2, g3, g4, gl = grads
     g1, g3, gl = ((g / n).to(conv1.matrix.dtype) for g in (g1, g3, gl))
-    g2, g4 = g2 * slope(stats[1]), g4 * slope(stats[3])
+    g2, g4 = through_sigmoid(g2, stats[1]), through_sigmoid(g4, stats[3])
     dx = torch.empty_like(x)
     for chunk in chunks(b, n, d):
         z, part = source.read(chunk)
@@ -422,7 +422,7 @@ def mifa_backward(
     conv = source.product(weight, bias)
     low_z, mean_z, high_z, low_t, mean_t, high_t = grads
     mean_z, mean_t = ((g / n).to(conv.matrix.dtype) for g in (mean_z, mean_t))
-    points = list(zip(where, (low_z, high_z, low_t * slope(stats[3]), high_t * slope(stats[5])), strict=True))
+    points = list(zip(where, (low_z, high_z, through_sigmoid(low_t, stats[3]), through_sigmoid(high_t, stats[5])), strict=True))
     dx = torch.empty_like(x)
     for chunk in chunks(b, n, d):
         z, part = source.read(chunk)

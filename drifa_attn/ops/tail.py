@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,9 +31,9 @@ class Tail(NamedTuple):
         return [*self.head, *self.expand, *(() if self.alpha is None else (self.alpha,))]
 
 
-def slope(h: Tensor) -> Tensor:
-    """The derivative of σ where its value is h."""
-    return h * (1 - h)
+def through_sigmoid(grad: Tensor, h: Tensor) -> Tensor:
+    """The gradient of z where `h = σ(z)`: `grad · h · (1 − h)`."""
+    return torch.ops.aten.sigmoid_backward(grad, h)
 
 
 def backward(grad: Tensor, stats: Tensor, tail: Tail) -> tuple[Tensor, list[Tensor]]:
@@ -44,16 +45,19 @@ def backward(grad: Tensor, stats: Tensor, tail: Tail) -> tuple[Tensor, list[Tens
     dense, dense_bias, conv2, conv2_bias, global_scale, local_scale = (t.to(dtype) for t in tail.head)
     h1, h2, h3, h4, p = stats.unbind(0)
     uv = torch.cat([h1 + h2, h3 + h4], 1)
-    info, q = (uv @ dense.t() + dense_bias).sigmoid(), (p @ conv2.t() + conv2_bias).sigmoid()
-    center1, spread1, center2, spread2 = (t.to(dtype) for t in tail.measured) if tail.measured else (0, 1, 0, 1)
-    above, below = (info - center1) / spread1, (p + q - center2) / spread2
+    info, q = F.linear(uv, dense, dense_bias).sigmoid(), F.linear(p, conv2, conv2_bias).sigmoid()
+    above, below, measured = info, p + q, [t.to(dtype) for t in tail.measured]
+    if measured:
+        above, below = (above - measured[0]) / measured[1], (below - measured[2]) / measured[3]
     s = global_scale * above + local_scale * below
     expand = [t.to(dtype) for t in tail.expand]
-    a = (s @ expand[0].t() + expand[1] if expand else s).sigmoid()
-    da = (grad if tail.alpha is None else grad * tail.alpha.to(dtype)) * slope(a)
+    a = (F.linear(s, *expand) if expand else s).sigmoid()
+    da = through_sigmoid(grad if tail.alpha is None else grad * tail.alpha.to(dtype), a)
     ds = da @ expand[0] if expand else da
-    d_info, d_local = global_scale * ds / spread1 * slope(info), local_scale * ds / spread2
-    d_q = d_local * slope(q)
+    d_global, d_local = global_scale * ds, local_scale * ds
+    if measured:
+        d_global, d_local = d_global / measured[1], d_local / measured[3]
+    d_info, d_q = through_sigmoid(d_global, info), through_sigmoid(d_local, q)
     du, dv = (d_info @ dense).chunk(2, 1)
     gradients = [d_info.t() @ uv, d_info.sum(0), d_q.t() @ p, d_q.sum(0), (ds * above).sum()[None], (ds * below).sum(0)]
     gradients += [da.t() @ s, da.sum(0)] if expand else []

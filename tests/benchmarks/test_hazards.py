@@ -1,5 +1,8 @@
 """The hazards that can be judged without a GPU, on fake CUDA tensors."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -50,3 +53,17 @@ def test_a_hazard_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys):
     assert exit.value.code == 1
     assert "FAIL few ValueError: it does not hold" in said
     assert "ok   chosen" in said
+
+
+def test_every_line_of_the_table_names_tests_and_hazards_that_exist():
+    root = Path(hazards.__file__).parent.parent
+    lines = [line.split(" | ") for line in (root / "benchmarks" / "hazards.md").read_text().splitlines() if "::" in line]
+    assert len(lines) > 15
+    tried = set()
+    for line in lines:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", line[2])
+        assert named, line[0]
+        for path, test in named:
+            assert f"def {test}(" in (root / path).read_text(), test
+        tried |= set(re.findall(r"`(\w+)`", line[3]))
+    assert tried == set(hazards.HAZARDS)

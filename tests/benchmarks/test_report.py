@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+import drifa_attn
 from benchmarks import report, rows, scaling, selection
 from benchmarks.__main__ import SUITES, main
 from benchmarks.cases import Options
@@ -191,6 +193,18 @@ def test_plots_of_each_device_are_drawn(tmp_path):
     paths = draw(some, tmp_path)
     assert [path.name for path in paths] == [*(f"cpu-of-a-test-{plot}.png" for plot in PLOTS), "gpu-of-a-test-scaling.png"]
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_bench_overwrites_what_it_measures_and_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(selection, "RESULTS", tmp_path)
+    monkeypatch.setattr(selection, "on_cpu", lambda start: [("net", start), ("net", start)])
+    monkeypatch.setattr(selection, "run", lambda suite, groups, options: write([ROW], options.csv))
+    device = torch.device("cpu")
+    folder, name = tmp_path / drifa_attn.__version__, rows.slug(rows.device_name(device))
+    for suite in ("net", "growth"):
+        write([ROW] * 5, folder / f"{name}-{suite}.csv")
+    assert selection.bench(device, {"net": SUITES["net"]}, 0.0) == folder
+    assert {suite: len(read(folder / f"{name}-{suite}.csv")) for suite in ("net", "growth")} == {"net": 2, "growth": 5}
 
 
 @pytest.mark.parametrize("plan", [selection.on_cpu, selection.on_gpu])

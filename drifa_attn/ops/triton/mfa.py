@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drifa_attn.ops import tail as tails
 from drifa_attn.ops.chunked import gain_of
-from drifa_attn.ops.tail import Tail
+from drifa_attn.ops.tail import Tail, through_sigmoid
 
 from . import configs as config
 from .common import (
@@ -43,6 +43,7 @@ from .products import (
     cast_like,
     layer,
     new_map,
+    rows_of,
     sample_chunks,
     squeeze_back,
     squeezed_map,
@@ -307,7 +308,8 @@ def layerwise_core(
     db2 = back([(conv3, q3)], q2, pull=Pull(None, g2[:, None], where[0][:, None]), h=h2)
     db1 = back([(conv2, q2), (conv3, q3)], q1, pull=Pull(g1), h=h1)
     back([(conv1, q1), (local, ql)], dz)
-    pairs = ((q1, z), (q2, h1), (q3, h12), (q4, h3), (ql, z))
+    of_z = rows_of(z)
+    pairs = ((q1, of_z), (q2, rows_of(h1)), (q3, rows_of(h12)), (q4, rows_of(h3)), (ql, of_z))
     return [weight_gradient(q, a) for q, a in pairs], [db1, db2, db3, g4.sum(0), sums.sum((0, 1, 2))]
 
 
@@ -331,7 +333,7 @@ def mfa_backward(
 def reaching_maps(grads: Tensor, stats: Tensor, n: int) -> Tensor:
     """The gradients of the maps from those of the statistics, `5 b d`: what `layerwise_core` takes."""
     g1, g2, g3, g4, gl = grads.float().contiguous()
-    return torch.stack([g1 / n, g2, g3 / n, g4 * stats[3] * (1 - stats[3]), gl / n])
+    return torch.stack([g1 / n, g2, g3 / n, through_sigmoid(g4, stats[3]), gl / n])
 
 
 def maps_backward(

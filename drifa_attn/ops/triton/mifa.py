@@ -21,6 +21,7 @@ from .products import (
     cast_like,
     layer,
     new_map,
+    rows_of,
     sample_chunks,
     squeeze_back,
     squeezed_map,
@@ -204,7 +205,7 @@ def mifa_backward(
         layer(z, weight_, bias_, slot=Slot(MEAN, sums, sums), out=q, pull=in_t.of(s))
         dz = new_map(z, weight.shape[0], unbounded(x)) if squeezed else dx[s]
         back([(weight_, q)], dz, pull=in_z.of(s))
-        gradients = [weight_gradient(q, z), sums.sum((0, 1, 2))]
+        gradients = [weight_gradient(q, rows_of(z)), sums.sum((0, 1, 2))]
         if squeeze_weight is not None:
             gradients += squeeze_back(dz, part, squeeze_weight, dx[s])
         if has is not None:

@@ -347,10 +347,14 @@ def bias_sums(x: Tensor, width: int) -> Tensor:
     return x.new_empty(x.shape[0], tiles_of(x), 1, width, dtype=torch.float32)
 
 
-def weight_gradient(q: Tensor, a: Tensor) -> Tensor:
-    """`Σ q ⊗ a` over samples and positions, in float32: `b d n`, `b c n` -> `d c`."""
-    q, a = rearrange(q, "b d n -> (b n) d"), rearrange(a, "b c n -> (b n) c")
-    return (q.mT @ a.to(q.dtype)).float()
+def rows_of(x: Tensor) -> Tensor:
+    """A map as a matrix of positions by channels, `b c n` -> `(b n) c`: a copy unless it lies in `b n c` memory."""
+    return rearrange(x, "b c n -> (b n) c")
+
+
+def weight_gradient(q: Tensor, rows: Tensor) -> Tensor:
+    """`Σ q ⊗ a` over samples and positions for the rows of a, summed in float32, rounded to q's dtype: -> `d c`."""
+    return rows_of(q).mT @ rows.to(q.dtype)
 
 
 def split(b: int) -> tuple[int, int]:
@@ -393,22 +397,23 @@ def weight_slabs(q: Tensor, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_chunks(x: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the batch whose maps of `width` channels have at most 64 MiB each: smaller ones are launched too often."""
-    step = max(1, 2**26 // (x.shape[2] * width * x.element_size()))
+    """Slices of the batch whose maps of `width` channels have at most 128 MiB each: smaller ones are launched too often."""
+    step = max(1, 2**27 // (x.shape[2] * width * x.element_size()))
     return (slice(first, first + step) for first in range(0, x.shape[0], step))
 
 
 def squeeze_back(dz: Tensor, x: Tensor, squeeze_weight: Tensor, dx: Tensor) -> list[Tensor]:
     """Write the gradient through `z = lin(squeeze, x)` to `dx` and give those of its weight and bias."""
     back([(squeeze_weight.to(x.dtype).contiguous(), dz)], dx)
-    return [weight_gradient(dz, x), dz.sum((0, 2), dtype=torch.float32)]
+    return [weight_gradient(dz, rows_of(x)), dz.sum((0, 2), dtype=torch.float32)]
 
 
 def summed(gradients: Iterable[list[Tensor]]) -> list[Tensor]:
-    """The sum of lists of tensors, entry by entry, in their order."""
-    return reduce(lambda total, more: [t + m for t, m in zip(total, more, strict=True)], gradients)
+    """The sum of lists of tensors, entry by entry, in their order, in float32 where there are several."""
+    return reduce(lambda total, more: [t.float() + m for t, m in zip(total, more, strict=True)], gradients)
 
 
 def cast_like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each gradient in the dtype of its tensor, in new memory."""
-    return [torch.empty_like(t).copy_(g) for g, t in zip(gradients, tensors, strict=True)]
+    """Each gradient in the dtype and the strides of its tensor."""
+    pairs = zip(gradients, tensors, strict=True)
+    return [g if (g.dtype, g.stride()) == (t.dtype, t.stride()) else torch.empty_like(t).copy_(g) for g, t in pairs]
