@@ -14,6 +14,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import drifa_attn
+from drifa_attn.attention.start import FEWEST_SAMPLES
 from drifa_attn.fusion import FUSIONS
 from drifa_attn.wrapping.inject import placed
 
@@ -158,6 +159,7 @@ def cases(options: Options) -> Iterator[list[Case]]:
                     for label, setup in zip(labels, setups, strict=True)
                 ]
         for name, axes in ALONG.items():
+            first = replace(start, batch=max(start.batch, FEWEST_SAMPLES)) if name == "calibrate" else start
             for axis in axes:
-                sizes = [start.grown(axis, step) for step in STEPS]
+                sizes = [first.grown(axis, step) for step in STEPS]
                 yield [Case(f"{name} by {axis}", "auto", s.label(axis), partial(verb_setup, name, s), verb=True) for s in sizes]

@@ -111,6 +111,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
         label = f"c={row.sizes[1]}"
         ax.annotate(label, (row.flops / row.bytes, top), xytext=(0, 7), textcoords="offset points", ha="center", size=8)
     ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that has to move", ylabel="GFLOP/s", title="MFA forward")
+    ax.margins(y=0.12)
     ax.grid(alpha=0.3, which="both")
     legend(figure)
     return figure
@@ -153,7 +154,7 @@ def growth(rows: Sequence[Row]) -> Figure:
     mine = [row for row in rows if row.suite == "growth" and " by " in row.op]
     verbs = {row.op for row in mine if row.mode == "forward"} - {row.op for row in mine if row.mode == "full"}
     names = list(dict.fromkeys(row.op.partition(" by ")[0] for row in mine))
-    for ax, (axis, title) in zip(panels, GROWTH.items(), strict=False):
+    for (axis, title), ax in zip(GROWTH.items(), panels, strict=False):  # in this order no panel is lost
         for i, name in enumerate(names):
             op = f"{name} by {axis}"
             mode = "forward" if op in verbs else "full"

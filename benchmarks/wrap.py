@@ -71,7 +71,7 @@ def put_peer(model: nn.Module, name: str) -> nn.Module:
 
 
 def network(name: str, way: str) -> nn.Module:
-    """A backbone, plain or refined; the gains are half as much again, so that none is one, where attention would have no say."""
+    """A backbone, plain or refined; no gain is one, where attention would have no say."""
     model = timm.create_model(name)
     if way == "plain":
         return model

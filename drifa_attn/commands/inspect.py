@@ -9,9 +9,9 @@ from torch import Tensor
 
 from drifa_attn.files.format import read
 from drifa_attn.files.recipe import site_of
+from drifa_attn.files.source import SCHEME, located
 from drifa_attn.wrapping.table import count, layout_text
 
-from .arguments import readable
 from .show import Table, show, show_json
 
 EXAMPLE = "drifa-attn inspect attention.safetensors"
@@ -19,13 +19,13 @@ EXAMPLE = "drifa-attn inspect attention.safetensors"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("file", type=readable, help="of save_attention")
+    parser.add_argument("file", help="of save_attention, a folder of save_pretrained, or hf://user/name")
     parser.add_argument("--json", action="store_true", help="the plan and the shapes of all tensors as JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     """Read, and show."""
-    plan, tensors = read(options.file)
+    plan, tensors = read(located(options.file))
     try:
         notes = [*held(plan, tensors), loading(plan, options.file)]
         title = f"{options.file}: attention of {plan['network']}"
@@ -76,9 +76,10 @@ def options_text(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-def loading(plan: Mapping[str, Any], path: Path) -> str:
+def loading(plan: Mapping[str, Any], file: str) -> str:
     """The call that loads the file."""
+    name = file if file.startswith(SCHEME) else Path(file).name
     if "fused" in plan:
         names = ", ".join(f'"{name}": ...' for name in plan["fused"]["branches"])
-        return f'load it: drifa_attn.load_attention({{{names}}}, "{path.name}")'
-    return f'load it: drifa_attn.load_attention(network, "{path.name}"), where network is the same {plan["network"]}, unwrapped'
+        return f'load it: drifa_attn.load_attention({{{names}}}, "{name}")'
+    return f'load it: drifa_attn.load_attention(network, "{name}"), where network is the same {plan["network"]}, unwrapped'

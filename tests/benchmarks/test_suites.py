@@ -120,6 +120,7 @@ def test_growth_measures_networks_and_verbs_along_one_axis(monkeypatch):
         "plan by depth",
         "save_attention by width",
         "load_attention by depth",
+        "calibrate by depth",
     )
     rows = rows_of(growth, ops=chosen, shapes=((2, 3, 32, 32),), providers=("auto",))
     assert not [row.error for row in rows if row.error]

@@ -116,6 +116,12 @@ def test_inspect_says_what_is_inside_and_for_which_network(files, capsys):
     assert data["tensors"]["fc.weight"] == {"shape": [5, 96], "dtype": "float32"}
 
 
+def test_inspect_takes_a_folder_and_an_address_of_the_hub(files, capsys, monkeypatch):
+    assert "attention of ResNet" in said(capsys, "inspect", files)
+    monkeypatch.setattr("drifa_attn.commands.inspect.located", lambda text: files / "attention.safetensors")
+    assert 'drifa_attn.load_attention(network, "hf://user/name")' in said(capsys, "inspect", "hf://user/name")
+
+
 def test_doctor_says_which_implementation_runs_and_why(capsys):
     data = json.loads(said(capsys, "doctor", "--json"))
     assert data["machine"]["torch"] == torch.__version__.partition("+")[0]
@@ -215,8 +221,9 @@ MISTAKES = {
     "families zzz*": "no architecture or family of timm",
     "families a b": "unrecognized arguments: b",
     "inspect": "the following arguments are required: file",
-    "inspect nowhere": "argument file: 'nowhere' cannot be read: No such file",
-    "inspect folder": "argument file: 'folder' cannot be read: Is a directory",
+    "inspect nowhere": "nowhere",
+    "inspect folder": "folder has no attention.safetensors, which save_pretrained writes",
+    "inspect hf://user": 'a file of the hub is written "hf://user/name"',
     "inspect empty.safetensors": "empty.safetensors is no safetensors file, or was cut short",
     "inspect image.png": "image.png is no safetensors file",
     "doctor zzz": "unrecognized arguments: zzz",
