@@ -8,7 +8,7 @@ from .layers import ALONE
 from .plots import draw
 from .rows import RESULTS, Row, read
 from .scaling import along, exponent
-from .targets import OURS, TARGETS, Found, at, verdict
+from .targets import OURS, TARGETS, Found, at, of_se, verdict
 
 README = Path(__file__).parent / "README.md"
 
@@ -176,13 +176,12 @@ def roofline(found: Found) -> str:
 
 
 def sites(found: Found) -> str:
-    """The five sites of ResNet-50, each attention against SE."""
+    """The five sites of ResNet-50, each attention against SE, compiled ones against SE compiled."""
     lines = []
     for row in found.all(suite="sites", mode="forward"):
-        same = {"suite": "sites", "mode": "forward", "shape": row.shape, "device": row.device, "dtype": row.dtype}
-        if se := found.all(op="SE", **same):
-            ratio = f"{row.p50 / se[0].p50:.2f}"
-            lines.append((device_of(row), row.dtype, str(row.sizes[0]), row.op, row.provider, number(row.p50), ratio))
+        for ratio in of_se(row, found):
+            known = device_of(row), row.dtype, str(row.sizes[0]), row.op, row.provider
+            lines.append((*known, number(row.p50), f"{ratio.value:.2f}"))
     return table(("device", "dtype", "batch:", "what", "provider", "forward ms:", "of SE's:"), lines)
 
 

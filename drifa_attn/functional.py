@@ -76,9 +76,10 @@ def as_maps(xs: Sequence[Tensor], mask: Masks) -> list[Tensor]:
 
 def called(linear: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     """`linear(v)`, computed in the dtype of the first weights that it has, in the dtype of v: `... c -> ... d`."""
-    weights = linear.parameters() if isinstance(linear, nn.Module) else ()
-    dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), v.dtype)
-    return linear(v.to(dtype)).to(v.dtype)
+    for weight in linear.parameters() if isinstance(linear, nn.Module) else ():
+        if weight.is_floating_point():
+            return linear(v.to(weight.dtype)).to(v.dtype)
+    return linear(v)
 
 
 def lin(x: Tensor, linear: Linear) -> Tensor:

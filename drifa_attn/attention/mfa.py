@@ -32,8 +32,8 @@ def pair(linear: Any) -> Any:
 
 def is_changed(linear: nn.Linear) -> bool:
     """Whether something hangs on a module that only a call of it runs."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return bool(hooks) or linear.forward != nn.Linear.forward.__get__(linear)  # so compared, the compiler guards on it
+    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
+    return any(map(len, hooks)) or getattr(linear.forward, "__func__", None) is not nn.Linear.forward
 
 
 def must_call(maps: Mapping[str, nn.Module | None]) -> str | None:
