@@ -41,27 +41,38 @@ def mfa(
 def pooled(x: Tensor, convs: Sequence[Pair], squeeze: Pair | None) -> Sequence[Tensor]:
     """Mean h1, max h2 before σ, mean h3, max h4 before σ, and the mean of CLIA's map: `b d` each."""
     b, _, n = x.shape
-    maps = [(cast(weight, x.dtype), cast(bias, x.dtype)) for weight, bias in (*convs, *([squeeze] if squeeze else []))]
-    (w1, b1), conv2, conv3, (w4, b4), (w5, b5), *_ = maps
-    d = len(b1)
-    both, bias = torch.cat([w1, w5]), torch.cat([b1, b5])
+    conv1, conv2, conv3, conv4, clia1 = (cast_pair(conv, x.dtype) for conv in convs)
+    squeeze = squeeze and cast_pair(squeeze, x.dtype)
+    both, bias = (torch.cat(parts) for parts in zip(conv1, clia1, strict=True))
     if squeeze:
-        bias = torch.addmv(bias, both, maps[5][1])
+        bias = torch.addmv(bias, both, squeeze[1])
+    d = conv1[1].shape[0]
     size = max(1, CACHE // (x.element_size() * d * n))
     found = []
     for part in x.split(size) if size < b else (x,):
-        z = torch.bmm(maps[5][0].expand(len(part), -1, -1), part) if squeeze else part
+        z = times(squeeze[0], part) if squeeze else part
         z = product((both, bias), z).sigmoid_()
         means, h = z.mean(2), z[:, :d]
         z = product(conv2, h)
         max2 = z.amax(2)
         h = product(conv3, h.add_(z.sigmoid_())).sigmoid_()
-        max4 = torch.bmm(w4.expand(len(part), -1, -1), h).amax(2).add_(b4)
+        max4 = times(conv4[0], h).amax(2).add_(conv4[1])
         found.append((means[:, :d], max2, h.mean(2), max4, means[:, d:]))
     return [torch.cat(vectors) for vectors in zip(*found, strict=True)] if len(found) > 1 else found[0]
+
+
+def cast_pair(linear: Pair, dtype: torch.dtype) -> Pair:
+    """Weight and bias in a dtype."""
+    weight, bias = linear
+    return cast(weight, dtype), cast(bias, dtype)
+
+
+def times(weight: Tensor, x: Tensor) -> Tensor:
+    """`W x` at every position: `b c n -> b d n`."""
+    return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
 
 
 def product(linear: Pair, x: Tensor) -> Tensor:
     """`W x + bias` at every position: `b c n -> b d n`."""
     weight, bias = linear
-    return torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x)
+    return torch.baddbmm(bias[:, None], weight.expand(x.shape[0], -1, -1), x)
