@@ -46,10 +46,10 @@ row() { box "$1" "$2.txt" "$PY" -m benchmarks "${@:2}" --device "$DEVICE" --seco
 pytest() { box "$1" tests.txt "$PY" -m pytest -q -W default -p no:cacheprovider --maxfail=20 --tb=short "${@:2}"; }
 
 if [ "$DEVICE" = cpu ]; then
-  FIRST="1x64x8x8" MORE="1x128x4x4" REST="1x256x2x2" IMAGES="1x3x64x64" IMAGE="1x3x64x64" NET="1x3x64x64" TIMED=0.01 MARKED="not slow and not cuda"
+  FIRST="1x64x8x8" MORE="1x128x4x4" REST="1x256x2x2" IMAGES="1x3x64x64" IMAGE="1x3x64x64" NET="1x3x64x64" SITES="1x64x112x112" TIMED=0.01 MARKED="not slow and not cuda"
 else
   FIRST="64x64x56x56 64x128x28x28" MORE="64x256x14x14 64x512x7x7 64x256x56x56" REST="64x512x28x28 64x1024x14x14 64x2048x7x7"
-  IMAGES=64x3x224x224 IMAGE=1x3x224x224 NET=64x3x128x128 TIMED=0.25 MARKED=cuda
+  IMAGES=64x3x224x224 IMAGE=1x3x224x224 NET=64x3x128x128 SITES="1x64x112x112 64x64x112x112" TIMED=0.25 MARKED=cuda
 fi
 
 if wanted 1 what is here; then
@@ -72,6 +72,7 @@ fi
 if wanted 5 whole networks; then
   row 60 wrap --op "resnet50 plain" "resnet50 SE" "resnet50 MFA" --provider eager auto peers --mode forward --shape $IMAGES $IMAGE
   row 50 wrap --op "resnet50 plain" "resnet50 SE" "resnet50 MFA block" "resnet18 plain" "resnet18 MFA block dense" --provider eager auto peers --mode full --shape $IMAGES
+  row 25 sites --provider eager auto peers --mode forward --shape $SITES
   row 35 net --provider eager auto --shape $NET
 fi
 if wanted 6 the rest; then
