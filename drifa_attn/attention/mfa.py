@@ -49,9 +49,15 @@ def must_call(maps: Mapping[str, nn.Module | None]) -> str | None:
 
 
 def add_statistics(layer: nn.Module, width: int, init: Init, **factory: Any) -> None:
-    """Give a layer the four buffers of `Statistics`; a layer with the paper's start has none."""
+    """Give a layer the four buffers of `Statistics`; a layer with the paper's start has None, which is no buffer.
+
+    torch 2.6 exports no module of its own (strict=False) that has a buffer of None.
+    """
     for name in Statistics._fields:
-        layer.register_buffer(name, None if init == "paper" else torch.empty(width, **factory))
+        if init == "paper":
+            setattr(layer, name, None)
+        else:
+            layer.register_buffer(name, torch.empty(width, **factory))
 
 
 def statistics(layer: Any) -> Statistics | None:

@@ -38,6 +38,7 @@ from tests._wrapping import (
 )
 from tests.cases import loss
 from tests.networks import Net, RunsItsChildren, built, conv, planned
+from tests.older import later
 from tests.strategies import SEEDS
 
 SOME = pytest.mark.parametrize("name", ["resnet", "vit", "densenet", "pit"])
@@ -55,7 +56,9 @@ def without_randomness_(model):
 # timm --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit", "efficientnet", "swin", "densenet", "regnet", "mvitv2", "tnt"])
+@pytest.mark.parametrize(
+    "name", later(["resnet", "vit", "efficientnet", "swin", "densenet", "regnet", "mvitv2", "tnt"], "densenet", "tnt")
+)
 @torch.no_grad()
 def test_forward_intermediates_see_the_attention(name):
     model, x = wrapped(name)
