@@ -137,7 +137,7 @@ def checked_masks(
 def positions(x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
     """The positions that attention reads, as a view if the strides allow it: any layout -> `b c n`."""
     if x.ndim == 2:
-        return x[..., None]
+        return x.unsqueeze(-1)
     if layout == "b c ...":
         return x.flatten(2)
     return (x[:, num_prefix_tokens:] if num_prefix_tokens else x).flatten(1, -2).mT

@@ -17,16 +17,16 @@ def parts(tree: Any) -> dict[Any, Any]:
     """What a nesting holds, by key; {} for what is no nesting."""
     if isinstance(tree, Mapping):  # also a dataclass that is a dict, as the outputs of transformers are
         return dict(tree.items())
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, (tuple, list)):
         return dict(enumerate(tree))
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type | nn.Module):
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, nn.Module)):
         return {field.name: getattr(tree, field.name, None) for field in dataclasses.fields(tree)}
     return {}
 
 
 def rebuilt(tree: Any, changes: Mapping[Any, Any]) -> Any:
     """A shallow copy of a nesting with other parts at these keys."""
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, (tuple, list)):
         items = [changes.get(key, value) for key, value in enumerate(tree)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if type(tree) is dict:
@@ -40,15 +40,15 @@ def rebuilt(tree: Any, changes: Mapping[Any, Any]) -> Any:
     return changed
 
 
-def tensors_in(tree: Any, path: Path = (), within: tuple[int, ...] = ()) -> list[tuple[Path, Tensor]]:
+def tensors_in(tree: Any, path: Path = (), within: tuple[Any, ...] = ()) -> list[tuple[Path, Tensor]]:
     """Every tensor of a nesting, with the keys that lead to it; what lies within itself is not entered again."""
     if isinstance(tree, Tensor):
         return [(path, tree)]
-    if id(tree) in within:
+    if any(tree is one for one in within):
         return []
     found = []
     for key, value in parts(tree).items():
-        found += tensors_in(value, (*path, key), (*within, id(tree)))
+        found += tensors_in(value, (*path, key), (*within, tree))
     return found
 
 

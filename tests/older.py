@@ -1,16 +1,20 @@
-"""The networks of the tests that timm got after the oldest version that is allowed.
+"""What the oldest allowed versions of timm and torch do not have, for the tests.
 
 Where timm has no such network it is built from that version's own parts, equal to the later one, and stands under its name. One
 whose parts are missing too skips the tests that build it, so that they are counted.
 """
 
+import sys
+
 import pytest
 import timm
-from timm.models import convnext, register_model, resnet, tnt
+import torch
+from timm.models import convnext, crossvit, densenet, register_model, resnet, tnt
 from timm.models._registry import generate_default_cfgs
 from torch import nn
 
-SMALL = {"input_size": (3, 160, 160), "crop_pct": 0.95, "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 1000}
+SMALL = {"input_size": (3, 160, 160), "crop_pct": 0.95, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+SMALL |= {"num_classes": 1000, "hf_hub_id": "timm/"}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -48,11 +52,38 @@ def test_mambaout(pretrained, **options):
     pytest.skip(f"timm {timm.__version__} has no MambaOut")
 
 
-LATER = (test_resnet, test_convnext, tnt_s_legacy_patch16_224, test_mambaout)
+LATER = {test_resnet: resnet, test_convnext: convnext, tnt_s_legacy_patch16_224: tnt, test_mambaout: sys.modules[__name__]}
 
 
 def register():
-    """Give older versions of timm the networks that they lack; of a new one nothing is touched."""
-    for build in LATER:
-        if not timm.is_model(build.__name__):
+    """Give older versions of timm the networks that they lack, where the later ones have them; a new one is not touched.
+
+    Each process needs this for itself.
+    """
+    for build, module in LATER.items():
+        name = build.__name__
+        if not timm.is_model(name):
+            build.__module__ = module.__name__
+            setattr(module, name, build)
+            if name in default_cfgs:
+                module.default_cfgs[name] = default_cfgs[name]
             register_model(build)
+
+
+CHANGED = {"crossvit": crossvit.CrossVit, "densenet": densenet.DenseNet, "tnt": tnt.TNT}
+
+
+def later(names, *changed):
+    """Names of networks as parameters; of these, the ones that older versions of timm build otherwise are skipped there."""
+    return [pytest.param(name, marks=built_otherwise(name) if name in changed else ()) for name in names]
+
+
+def built_otherwise(name):
+    reason = f"timm {timm.__version__} has another {name}, which has no forward_intermediates"
+    return pytest.mark.skipif(not hasattr(CHANGED[name], "forward_intermediates"), reason=reason)
+
+
+def needs_later_torch(lack):
+    """Skip a test in the oldest version of torch, which lacks something or does it otherwise, in words."""
+    is_oldest = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+    return pytest.mark.skipif(is_oldest, reason=f"torch {torch.__version__} {lack}")

@@ -111,7 +111,7 @@ def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     run(sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps", "--no-index", wheel)
-    code = "import drifa_attn, timm, torch; m = drifa_attn.wrap(timm.create_model('test_resnet')); "
+    code = "import drifa_attn, timm, torch; m = drifa_attn.wrap(timm.create_model('test_vit')); "
     code += "print(drifa_attn.__file__, m(torch.zeros(1, 3, 160, 160)).shape)"
     printed = run(python, "-I", "-c", code, cwd=tmp_path)
     assert printed.startswith(site)

@@ -1,7 +1,7 @@
 """Tensors in nestings of every kind."""
 
 from collections import OrderedDict, UserDict, namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from drifa_attn.trees import at_path, holds, map_tensors, parts, replace_tensor, tensors_in
+from tests.older import needs_later_torch
 
 Pair = namedtuple("Pair", "map size")
 
@@ -76,12 +77,16 @@ def test_a_nesting_within_itself_ends():
     assert [path for path, _ in tensors_in(tree)] == [("f",)]
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if type(k(0)) not in (UserDict, OrderedDict)])
+def compiled(kind):
+    return pytest.param(kind, marks=needs_later_torch("compiles no copy of a dataclass") if is_dataclass(kind(0)) else ())
+
+
+@pytest.mark.parametrize("kind", [compiled(k) for k in KINDS if type(k(0)) not in (UserDict, OrderedDict)])
 def test_changing_a_nesting_compiles(kind):
     def function(x):
         whole = kind(x * 2)
         return replace_tensor(whole, (next(iter(parts(whole))),), lambda tensor: tensor + 1)
 
     x = torch.ones(2)
-    compiled = torch.compile(function, fullgraph=True, backend="eager")(x)
-    assert torch.equal(tensors_in(compiled)[0][1], x * 2 + 1)
+    changed = torch.compile(function, fullgraph=True, backend="eager")(x)
+    assert torch.equal(tensors_in(changed)[0][1], x * 2 + 1)

@@ -5,6 +5,7 @@ pruned, with adapters, hooks or a forward of its own) is called instead.
 """
 
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from drifa_attn.layout import Layout, Place, check_features, check_layout, check
 from .refines import Refines, Spec
 from .start import check_samples, fit_, fit_statistics_, fit_vectors_, glorot_, is_start, reduced_width, start_, wide
 
+FORWARD = nn.Linear.forward.__code__
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # Tensor: the weights of a replica, or of torch.func.functional_call
 
 
@@ -33,7 +35,18 @@ def pair(linear: Any) -> Any:
 def is_changed(linear: nn.Linear) -> bool:
     """Whether something hangs on a module that only a call of it runs."""
     hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
-    return any(map(len, hooks)) or getattr(linear.forward, "__func__", None) is not nn.Linear.forward
+    return any(map(len, hooks)) or has_own_forward(linear)
+
+
+def has_own_forward(linear: nn.Linear) -> bool:
+    """Whether the forward of a module is not that of its class; compilers guard on it.
+
+    Every method has another code to the compiler of torch 2.6, so there the kind of the method and where it is from decide.
+    """
+    forward = linear.forward
+    if getattr(forward, "__code__", None) is FORWARD:
+        return False
+    return type(forward) is not MethodType or "forward" in linear.__dict__
 
 
 def must_call(maps: Mapping[str, nn.Module | None]) -> str | None:
@@ -49,9 +62,15 @@ def must_call(maps: Mapping[str, nn.Module | None]) -> str | None:
 
 
 def add_statistics(layer: nn.Module, width: int, init: Init, **factory: Any) -> None:
-    """Give a layer the four buffers of `Statistics`; a layer with the paper's start has none."""
+    """Give a layer the four buffers of `Statistics`; a layer with the paper's start has None, which is no buffer.
+
+    torch 2.6 exports no module of its own (strict=False) that has a buffer of None.
+    """
     for name in Statistics._fields:
-        layer.register_buffer(name, None if init == "paper" else torch.empty(width, **factory))
+        if init == "paper":
+            setattr(layer, name, None)
+        else:
+            layer.register_buffer(name, torch.empty(width, **factory))
 
 
 def statistics(layer: Any) -> Statistics | None:

@@ -10,8 +10,15 @@ from torch import nn
 
 def on_meta(name: str, size: int | None = None) -> nn.Module:
     """A network without memory, for images of this size; a `ValueError` if timm has none of this name or size."""
-    with torch.device("meta"):
-        return create(name, size)
+    import timm  # noqa: F401 - not within the device: torchvision imports the compiler, and that of torch 2.6 computes
+
+    try:
+        with torch.device("meta"):
+            return create(name, size)
+    except ValueError as error:
+        if "meta tensor" not in str(error):
+            raise
+        return create(name, size).to("meta")  # timm 1.0.9 computes with tensors while it builds
 
 
 def create(name: str, size: int | None = None, **options: Any) -> nn.Module:

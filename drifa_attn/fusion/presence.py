@@ -21,7 +21,7 @@ def checked_inputs(inputs: Any, names: Sequence[str], present: Tensor | None) ->
     for name, x in given.items():
         for path, tensor in tensors_in(x):
             sizes[name + "".join(f"[{key}]" for key in path)] = tensor.shape[0] if tensor.ndim else 0
-        if not isinstance(x, Tensor | tuple | Mapping) or not tensors_in(x):
+        if not isinstance(x, (Tensor, tuple, Mapping)) or not tensors_in(x):
             raise TypeError(
                 f"Fused expected a tensor of modality {name!r}, or a tuple or dict of tensors, got {type(x).__name__}: leave a "
                 "modality that the whole batch lacks out of the dict."

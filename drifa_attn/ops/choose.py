@@ -303,7 +303,11 @@ def tf32_allowed() -> bool:
 
 def largest(xs: Sequence[Tensor]) -> Tensor:
     """The `b c n` modality with the most elements."""
-    return max(xs, key=lambda x: x.shape[1] * x.shape[2])
+    found, *others = xs  # max with a key is more than the compiler of torch 2.6 follows
+    for x in others:
+        if x.shape[1] * x.shape[2] > found.shape[1] * found.shape[2]:
+            found = x
+    return found
 
 
 def choose(x: Features, width: int, refused: str | None = None) -> Choice:

@@ -6,6 +6,7 @@ from torch.export import Dim, export
 
 from tests._compare import assert_same_math
 from tests.cases import CASES, gradients, listed, loss
+from tests.older import needs_later_torch
 
 NAMES = ["mfa-reduced-identity", "mfa-tokens", "mifa-three-masked", "rra-projection-same"]
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -56,7 +57,10 @@ def test_layer_exports(name, strict):
         assert_same_outputs(program(*args), module(*args))
 
 
-@EVERY
+NORMS = pytest.param(NAMES[-1], marks=needs_later_torch("finds no batch norm for ONNX in today's onnxscript"))
+
+
+@pytest.mark.parametrize("name", [*NAMES[:-1], NORMS])
 def test_layer_exports_to_onnx(name):
     case = CASES[name]
     module, args = case.module(), case.args()

@@ -5,18 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from benchmarks import hazards
 from drifa_attn import functional
 from drifa_attn.ops import choose
+from tests._gpu import fake_gpu
+from tests._triton import skip_without_triton
 
 
 def test_chosen_finds_chunked_operators_on_a_gpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choose, "triton_missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with FakeTensorMode():
+    with fake_gpu(monkeypatch):
         found = hazards.chosen(torch.device("cuda"))
         assert "64 float32: triton" in found
         assert "2048 float32: reference" in found
@@ -33,7 +31,7 @@ def test_start_finds_a_gain_that_is_not_one(monkeypatch):
 
 
 def test_launched_finds_one_more(monkeypatch):
-    pytest.importorskip("triton")
+    skip_without_triton()
     from benchmarks import launches
 
     assert hazards.launched(torch.device("cpu")) == "3"

@@ -223,10 +223,9 @@ def test_a_wrong_gradient_is_never_timed():
 
 def test_a_compiler_that_is_missing_is_a_row(monkeypatch):
     monkeypatch.setattr(run, "IS_CHILD", True)  # so that this process compiles, where the compiler can be taken away
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
     options = {"shapes": ((2, 8, 3, 3),), "ops": ("MFA",), "providers": ("compile", "eager"), "modes": ("forward",)}
-    eager, compiled = sorted(rows_of(layers, **options), key=lambda row: row.error)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        eager, compiled = sorted(rows_of(layers, **options), key=lambda row: row.error)
     assert (eager.provider, eager.error) == ("eager", "")
     assert compiled.provider == "compile"
     assert "compiler" in compiled.error.lower()

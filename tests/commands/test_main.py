@@ -217,7 +217,7 @@ MISTAKES = {
     "plan test_resnet --variant zzz": "invalid choice: 'zzz'",
     "plan test_resnet --size 0": "argument --size: expected an integer >= 1, got '0'",
     "plan test_resnet --size -1": "argument --size: expected",
-    "plan test_vit --size 3": "could not be traced with inputs [(2, 3, 3, 3)] on the meta device",
+    "plan vgg11 --size 8": "could not be traced with inputs [(2, 3, 8, 8)] on the meta device",
     "families zzz*": "no architecture or family of timm",
     "families a b": "unrecognized arguments: b",
     "inspect": "the following arguments are required: file",

@@ -20,7 +20,7 @@ from tests._commands import refused, tree
 from tests.examples.own_data import CLASSES, write_folder, write_table
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = ("--model", "fuse", "--backbones", "test_resnet", "--size", "16", "--batch-size", "16", "--lr", "0.005")
+SMALL = ("--model", "fuse", "--backbones", "test_efficientnet", "--size", "16", "--batch-size", "16", "--lr", "0.005")
 
 
 def command(name, *arguments):

@@ -64,6 +64,8 @@ def lasting(record):
 KILLED = """
 import os, signal, sys
 from examples.drifa_net import train
+from tests import older
+older.register()
 def one_epoch(self, before=train.Run.one_epoch):
     for step in before(self):
         yield step

@@ -24,6 +24,7 @@ from drifa_attn import (
 from drifa_attn.fusion.branches import without_classifier
 from drifa_attn.layout import positions
 from drifa_attn.wrapping.inject import STEPS
+from tests import older
 from tests._compare import assert_same_bits, assert_same_math
 from tests._fusion import TASKS, fused, given
 from tests._wrapping import refinements, registered
@@ -168,6 +169,7 @@ def test_attention_around_stages_works(first):
 
 def train(rank, folder):
     """Two steps in one of two processes; one of them lacks a modality."""
+    older.register()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     net, inputs = fused(("resnet", "record"), modality_dropout=0.3)

@@ -2,19 +2,15 @@
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from drifa_attn import MFA, MIFA, ops
 from drifa_attn.ops import choose
+from tests._gpu import fake_gpu
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of capability 9.0 with Triton, whose tensors have no values."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choose, "triton_missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with FakeTensorMode():
+    with fake_gpu(monkeypatch):
         yield monkeypatch
 
 

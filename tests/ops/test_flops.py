@@ -59,15 +59,18 @@ def test_a_counter_that_is_imported_and_made_late_counts_too():
     """Also a counter that copied the formulas before a fused operator ran. The import system of Python is left alone."""
     expected = 2 * 2 * (30 * 5 + 3) * 8 * 8
     code = f"""
-import sys, torch
+import sys, einops, torch
 finders = list(sys.meta_path)
 import drifa_attn
 assert sys.meta_path == finders
 assert "torch.utils.flop_counter" not in sys.modules
 mfa, x = drifa_attn.MFA(8), torch.zeros(2, 8, 30)
+einops.rearrange(x, "b c n -> b c n")
+is_imported = "torch._dynamo" in sys.modules
+assert is_imported == (einops.__version__ == "0.8.0"), "einops imports the compiler"
 with drifa_attn.ops.use("fused"):
     mfa(x)
-    assert "torch._dynamo" not in sys.modules, "the first fused call imports the compiler, which takes seconds"
+    assert is_imported == ("torch._dynamo" in sys.modules), "the first fused call imports the compiler, which takes seconds"
     from torch.utils.flop_counter import FlopCounterMode
     early = FlopCounterMode(display=False)
     mfa(x)

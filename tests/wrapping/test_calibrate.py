@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import drifa_attn
 from drifa_attn import MFA, calibrate, disabled, fuse, gains, wrap
 from drifa_attn.wrapping.inject import placed
+from tests import older
 from tests._compare import assert_same_bits
 from tests._fusion import TASKS, given
 from tests._wrapping import EVERY
@@ -246,6 +247,7 @@ def test_the_gates_of_a_calibrated_network_vary_over_images():
 
 
 def calibrate_in_process(rank, folder):
+    older.register()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = network()
