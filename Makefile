@@ -45,11 +45,11 @@ wild: .venv/wild
 bench: .venv/dev
 	$(BIN)/python -m benchmarks bench
 
-# By the newest Triton, and by the oldest that the kernels are written for.
+# By the newest Triton, and for 9.0 by the oldest that the kernels are written for.
 kernels: .venv/dev
 	$(BIN)/python -m benchmarks.kernels
 	test -d .venv/triton-3.6 || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6 triton==3.6.0
-	PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m benchmarks.kernels --out benchmarks/kernels-triton-3.6.md
+	PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m benchmarks.kernels --capability 90 --out benchmarks/kernels-triton-3.6.md
 
 # The code of the page writes its pictures.
 pictures: .venv/dev
