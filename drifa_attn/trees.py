@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Path = tuple[int | str, ...]
@@ -40,15 +41,17 @@ def rebuilt(tree: Any, changes: Mapping[Any, Any]) -> Any:
     return changed
 
 
-def tensors_in(tree: Any, path: Path = (), within: tuple[Any, ...] = ()) -> list[tuple[Path, Tensor]]:
+def tensors_in(tree: Any, path: Path = (), within: tuple[int, ...] = ()) -> list[tuple[Path, Tensor]]:
     """Every tensor of a nesting, with the keys that lead to it; what lies within itself is not entered again."""
     if isinstance(tree, Tensor):
         return [(path, tree)]
-    if any(tree is one for one in within):
+    # The compiler of torch 2.6 knows no id of a tuple; what is compiled does not lie within itself.
+    mine = len(within) if torch.compiler.is_dynamo_compiling() else id(tree)
+    if mine in within:
         return []
     found = []
     for key, value in parts(tree).items():
-        found += tensors_in(value, (*path, key), (*within, tree))
+        found += tensors_in(value, (*path, key), (*within, mine))
     return found
 
 

@@ -3,6 +3,7 @@
 While the network runs, `Masking` holds the mask of this call. The attention at the sites that it fits asks for it.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def checked(mask: Any) -> Tensor | None:
 def fits(mask: Tensor, shape: Sequence[int], layout: Layout, num_prefix_tokens: int) -> bool:
     """Whether a mask is one of the positions of features of this shape: `b n`, or `b` and their sizes."""
     axes = tuple(shape[2:] if layout == "b c ..." else shape[1:-1])
-    flat = torch.Size(axes).numel() - num_prefix_tokens
+    flat = math.prod(axes) - num_prefix_tokens
     return mask.shape[0] == shape[0] and mask.shape[1:] in ((flat,), axes if not num_prefix_tokens else (flat,))
 
 
