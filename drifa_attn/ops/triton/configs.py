@@ -1,8 +1,8 @@
 """The launch configurations of the Triton kernels, as tables, and the functions that look them up.
 
 The configurations were chosen from what the compiler makes of them (`make kernels` prints registers, spills and shared memory
-for each), not from timings: at 9.0 no forward launch spills or uses a stack, and at 8.0 four of 173 do, 16 bytes a thread at most.
-Rows are found by kernel, bytes of an operand and compute capability.
+for each), not from timings: at 9.0 no forward launch spills or uses a stack, and at 8.0 four of 173 do, of 16 bytes a thread at
+most. Rows are found by kernel, bytes of an operand and compute capability.
 """
 
 from typing import NamedTuple
