@@ -62,10 +62,7 @@ def must_call(maps: Mapping[str, nn.Module | None]) -> str | None:
 
 
 def add_statistics(layer: nn.Module, width: int, init: Init, **factory: Any) -> None:
-    """Give a layer the four buffers of `Statistics`; a layer with the paper's start has None, which is no buffer.
-
-    torch 2.6 exports no module of its own (strict=False) that has a buffer of None.
-    """
+    """Give a layer the four buffers of `Statistics`; with the paper's start plain None: torch 2.6 exports no buffer of it."""
     for name in Statistics._fields:
         if init == "paper":
             setattr(layer, name, None)
