@@ -2,8 +2,8 @@
 
 A narrow map costs little arithmetic, so what counts is where it lies, how often it is read, and how many operations are called:
 products are matrix products of `b d n`, the two that read the same map are one, σ is in place, and the maximum is taken before
-σ, which keeps order. A bias is added to what a product gives only where nothing later takes it for less: squeeze's is added to
-the bias of the next product, conv4's to the maximum.
+σ, which keeps order. Two biases are not added to a map: that of squeeze goes into the bias of the next product, and that of conv4
+is added to the maximum.
 """
 
 from collections.abc import Sequence

@@ -221,7 +221,7 @@ MISTAKES = {
     "families zzz*": "no architecture or family of timm",
     "families a b": "unrecognized arguments: b",
     "inspect": "the following arguments are required: file",
-    "inspect nowhere": "nowhere",
+    "inspect nowhere": "No such file or directory: nowhere",
     "inspect folder": "folder has no attention.safetensors, which save_pretrained writes",
     "inspect hf://user": 'a file of the hub is written "hf://user/name"',
     "inspect empty.safetensors": "empty.safetensors is no safetensors file, or was cut short",
