@@ -1,9 +1,9 @@
 """MFA without gradients on a CPU: the equations of `functional`, for groups of samples whose maps stay in the cache.
 
-A narrow map costs little arithmetic, so what counts is where it lies, how often it is read, and how many operations are called:
-products are matrix products of `b d n`, the two that read the same map are one, σ is in place, and the maximum is taken before
-σ, which keeps order. Two biases are not added to a map: that of squeeze goes into the bias of the next product, and that of conv4
-is added to the maximum.
+A narrow map costs little arithmetic, so what counts is where it lies, how often it is read, and how many operations are called.
+Products are matrix products of `b d n`, the two that read the same map are one, σ is in place, and the maximum is taken before
+σ, which keeps order. Two biases are not added to a map: that of squeeze goes into the bias of the next product, and that of
+conv4 is added to the maximum.
 """
 
 from collections.abc import Sequence
