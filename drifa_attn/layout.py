@@ -72,14 +72,14 @@ def check_features(owner: str, x: Tensor, channels: int, layout: Layout, num_pre
         raise TypeError(f"{owner} expected a floating-point tensor, got {x.dtype}: convert it, e.g. x.float().")
     if torch.jit.is_tracing():  # sizes are tensors: a comparison would become a constant of the graph, with a warning
         return
-    axis = 1 if layout == "b c ..." else -1
-    if x.ndim < (3 if num_prefix_tokens else 2) or x.shape[axis] != channels:
+    axis, shape = 1 if layout == "b c ..." else -1, x.shape
+    if len(shape) < (3 if num_prefix_tokens else 2) or shape[axis] != channels:
         raise ValueError(
             f'{owner} expected x "{layout}" with c={channels}, got {tuple(x.shape)}: '
             f"build it with the channels of axis {axis}, or name the layout its features have."
         )
-    positions = x.shape[2:] if axis == 1 else x.shape[1:-1]
-    if 0 in positions or (num_prefix_tokens and x.ndim != 3) or (num_prefix_tokens and x.shape[1] <= num_prefix_tokens):
+    positions = shape[2:] if axis == 1 else shape[1:-1]
+    if 0 in positions or (num_prefix_tokens and (len(shape) != 3 or shape[1] <= num_prefix_tokens)):
         raise ValueError(
             f'{owner} expected x "{layout}" with at least one position'
             f"{f' after {num_prefix_tokens} prefix tokens (b n c)' if num_prefix_tokens else ''}, got {tuple(x.shape)}."
@@ -145,8 +145,9 @@ def positions(x: Tensor, layout: Layout, num_prefix_tokens: int = 0) -> Tensor:
 
 def spread(factor: Tensor, x: Tensor, layout: Layout, num_prefix_tokens: int = 0, mask: Tensor | None = None) -> Tensor:
     """One factor per channel (`b c`) with as many axes as `x`; of a prefix token, and where the mask is False, it is 1."""
-    ones = [None] * (x.ndim - 2)  # an axis of length 1 in the place of every axis of positions
-    factor = factor[(..., *ones)] if layout == "b c ..." else factor[(slice(None), *ones)]
+    b, c = factor.shape
+    ones = [1] * (x.ndim - 2)  # in the place of every axis of positions
+    factor = factor.reshape(b, c, *ones) if layout == "b c ..." else factor.reshape(b, *ones, c)
     if mask is not None:
         is_real = F.pad(mask, (num_prefix_tokens, 0)).reshape(x.shape[0], *sizes(x, layout))
         factor = torch.where(is_real.unsqueeze(1 if layout == "b c ..." else -1), factor, 1)
@@ -161,4 +162,5 @@ def scale(x: Tensor, factor: Tensor, layout: Layout, num_prefix_tokens: int = 0,
 
     The product is rounded once. A factor near 1 would become 1 if it were cast to bfloat16 before the product.
     """
-    return (x * spread(factor, x, layout, num_prefix_tokens, mask)).to(x.dtype)
+    y = x * spread(factor, x, layout, num_prefix_tokens, mask)
+    return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -28,25 +28,22 @@ def pair(linear: Any) -> Any:
     """A linear map as `functional` takes it: weight and bias of a plain `nn.Linear`, anything else itself; None for None."""
     if type(linear) is not nn.Linear or is_changed(linear):
         return linear
-    weight, bias = linear.weight, linear.bias
+    held = linear._parameters or linear.__dict__  # of a replica; reading `linear.weight` takes as long as a small product
+    weight, bias = held.get("weight"), held.get("bias")
     return (weight, bias) if type(weight) in PLAIN and type(bias) in PLAIN else linear
 
 
 def is_changed(linear: nn.Linear) -> bool:
-    """Whether something hangs on a module that only a call of it runs."""
-    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
-    return any(map(len, hooks)) or has_own_forward(linear)
+    """Whether something hangs on a module that only a call of it runs, or its forward is not that of its class.
 
-
-def has_own_forward(linear: nn.Linear) -> bool:
-    """Whether the forward of a module is not that of its class; compilers guard on it.
-
-    Every method has another code to the compiler of torch 2.6, so there the kind of the method and where it is from decide.
+    Compilers guard on what forward is, not on what a module holds. To that of torch 2.6 every method has another code, so there
+    the kind of the method and where it is from decide.
     """
-    forward = linear.forward
-    if getattr(forward, "__code__", None) is FORWARD:
-        return False
-    return type(forward) is not MethodType or "forward" in linear.__dict__
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        return True
+    if not torch.compiler.is_compiling() or getattr(linear.forward, "__code__", None) is FORWARD:
+        return "forward" in linear.__dict__
+    return type(linear.forward) is not MethodType or "forward" in linear.__dict__
 
 
 def must_call(maps: Mapping[str, nn.Module | None]) -> str | None:
@@ -72,9 +69,8 @@ def add_statistics(layer: nn.Module, width: int, init: Init, **factory: Any) -> 
 
 def statistics(layer: Any) -> Statistics | None:
     """The four buffers of a layer, as `functional` takes them."""
-    if layer.global_center is None:
-        return None
-    return Statistics(layer.global_center, layer.global_spread, layer.local_center, layer.local_spread)
+    held = layer._buffers
+    return Statistics(*(held[name] for name in Statistics._fields)) if "global_center" in held else None
 
 
 def unfitted(layer: Any) -> Statistics:
@@ -123,7 +119,8 @@ class HIFA(nn.Module):
 
     def weights(self) -> tuple[Linear, ...]:
         """The weights in the order `functional.hifa` takes them."""
-        return pair(self.conv1), pair(self.conv2), pair(self.conv3), pair(self.conv4), pair(self.dense)
+        held = self._modules  # `self.conv1` takes as long as a small product
+        return pair(held["conv1"]), pair(held["conv2"]), pair(held["conv3"]), pair(held["conv4"]), pair(held["dense"])
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The global information G `b c` of features x `b c ...`."""
@@ -315,8 +312,8 @@ class MFA(Refines, nn.Module):
         check_features("MFA", x, self.channels, self.layout, self.num_prefix_tokens)
         mask = checked_mask("MFA", mask, x, self.layout, self.num_prefix_tokens)
         z = positions(x, self.layout, self.num_prefix_tokens)
-        way = ops.way(z, self.local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
-        weights = hifa, clia, self.global_scale, self.local_scale
+        weights = hifa, clia, self.global_scale, (local_scale := self.local_scale)
+        way = ops.way(z, local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
         maps = {"squeeze": squeeze, "expand": expand, "statistics": measured}
         return ops.mfa(z, *weights, **maps, mask=mask, alpha=alpha, way=way), way == "fused"
 

@@ -104,7 +104,7 @@ def way(x: Features, width: int, linears: Iterable[Linear | None] = (), mask: Te
 
 def refusal(linears: Iterable[Linear | None] = (), mask: Tensor | Masks = None) -> str | None:
     """Why no fused operator can take these linear maps or this mask, or None."""
-    if any(callable(linear) for linear in linears):
+    if any(map(callable, linears)):
         return "a linear map must be called"
     if mask is not None and (isinstance(mask, Tensor) or any(one is not None for one in mask)):
         return "a mask is given, and the fused operators pool over every position"
@@ -120,7 +120,7 @@ def reference_reason(x: Features, width: int, refused: str | None = None) -> str
     mode = _State.mode
     if mode == "reference":
         return "the mode is reference"
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing():
         return "a traced or ONNX graph cannot contain the fused operators"
     if refused:
         return refused
@@ -135,10 +135,8 @@ def special_reason(x: Tensor) -> str | None:
     """Why something around this call needs the reference equations, or None."""
     if x.is_meta:
         return "meta tensors have no values to fuse over"
-    if is_exporting():
-        return "an exported graph must run without this library"
     if torch.compiler.is_compiling():
-        return None
+        return "an exported graph must run without this library" if is_exporting() else None
     if torch._C._functorch.maybe_current_level() is not None:
         return "torch.func transforms need equations that they can see"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -151,24 +149,25 @@ def size_reason(x: Tensor, width: int, *, products: int = 5) -> str | None:
 
     `products` is the number of products between x and the pooled vectors: five in MFA, one in MIFA.
     """
-    kind = x.device.type
-    if kind not in ("cpu", "cuda"):
-        return f"fused operators are not measured on {kind}"
+    if not (x.is_cpu or x.is_cuda):
+        return f"fused operators are not measured on {x.device.type}"
     trained = torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and kind == "cpu" and not trained:
-        return "without gradients, the compiler fuses the equations itself"
+    in_groups = not trained and products > 1 and x.dtype in (torch.float32, torch.float64)
     # For backward, Inductor may recompute a map with other bits than those that its maximum came from. Fused operators store
-    # the position of the maximum, and keep less, so compiled code that is trained takes them at any size.
-    if torch.compiler.is_compiling() and kind == "cpu":
-        return None
+    # the position of the maximum, and keep less, so compiled code that is trained takes them at any size. Without gradients
+    # the batch stays one group: what depends on a size would be part of the graph.
+    if x.is_cpu and torch.compiler.is_compiling():
+        if trained:
+            return None
+        return GROUPED if in_groups and width <= WIDE else "without gradients, the compiler fuses the equations itself"
     b, c, n = x.shape
     if n == 1:
         return "one position per sample: nothing to pool"
-    if kind == "cuda":
+    if x.is_cuda:
         return None
     elements, small = b * n * width, least(trained, width < c)
     fits = n * width <= MOST_GROUPED and (width <= NARROW or (width <= WIDE and elements < small))
-    if not trained and products > 1 and x.dtype in (torch.float32, torch.float64) and fits and b:
+    if in_groups and fits and b:
         return GROUPED
     if elements < small:
         return f"a map of {elements} elements is small: fewer than {small}"

@@ -1,9 +1,9 @@
 """MFA without gradients on a CPU: the equations of `functional`, for groups of samples whose maps stay in the cache.
 
 A narrow map costs little arithmetic, so what counts is where it lies, how often it is read, and how many operations are called.
-Products are matrix products of `b d n`, the two that read the same map are one, σ is in place, and the maximum is taken before
-σ, which keeps order. Two biases are not added to a map: that of squeeze goes into the bias of the next product, and that of
-conv4 is added to the maximum.
+Products are matrix products of `b d n`, or of `d n` where a group is one sample, which takes fewer calls. σ is in place. Of the
+last map, which nothing else reads, the maximum is taken before σ, which keeps order, and before the bias. A mean is a sum that
+the next operation multiplies by the share of one position.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from drifa_attn import functional
 from drifa_attn.functional import Pair, Statistics, cast
 
 CACHE = 2**19  # bytes of one map of a group; measured on one core from 2**17 to 2**22
+LONG, ROWS = 2**13, 16  # positions from which a feature is squeezed some channels at a time, and how many; measured on one core
 
 
 def mfa(
@@ -29,36 +30,48 @@ def mfa(
     statistics: Statistics | None = None,
 ) -> Tensor:
     """`functional.mfa` without a mask: x `b c n` -> a `b c`."""
-    *convs, hifa_dense = hifa_weights
-    clia_conv, clia_dense = clia_weights
+    dtype = x.dtype
+    *convs, hifa_dense = [cast_pair(linear, dtype) for linear in hifa_weights]
+    clia_conv, clia_dense = [cast_pair(linear, dtype) for linear in clia_weights]
     with functional.without_autocast(x):
-        mean1, max2, mean3, max4, p = pooled(x, [*convs, clia_conv], squeeze)
-        global_info = functional.hifa_info(mean1, max2.sigmoid_(), mean3, max4.sigmoid_(), hifa_dense)
-        local_info = functional.clia_info(p, clia_dense)
-        return functional.fusion_gate(global_info, local_info, global_scale, local_scale, expand, statistics)
+        u, v, s = pooled(x, [*convs, clia_conv], squeeze and cast_pair(squeeze, dtype))
+        share = 1 / x.shape[2]
+        global_info = dense(torch.cat([u, v], -1), hifa_dense).sigmoid_()
+        local_info = dense(s, clia_dense, share).sigmoid_().add_(s, alpha=share)
+        if statistics:
+            global_center, global_spread, local_center, local_spread = [cast(buffer, dtype) for buffer in statistics]
+            global_info.sub_(global_center).div_(global_spread)
+            local_info.sub_(local_center).div_(local_spread)
+        fused = torch.addcmul(local_info.mul_(cast(local_scale, dtype)), cast(global_scale, dtype), global_info)
+        a = (dense(fused, cast_pair(expand, dtype)) if expand else fused).sigmoid_()
+        return a.view(len(x), -1)
 
 
 def pooled(x: Tensor, convs: Sequence[Pair], squeeze: Pair | None) -> Sequence[Tensor]:
-    """Mean h1, max h2 before σ, mean h3, max h4 before σ, and the mean of CLIA's map: `b d` each."""
+    """HIFA's u and v of `b c n`, and the sum of CLIA's map, which is n times p: `b d` each, or of one sample `d` each."""
     b, _, n = x.shape
-    conv1, conv2, conv3, conv4, clia1 = (cast_pair(conv, x.dtype) for conv in convs)
-    squeeze = squeeze and cast_pair(squeeze, x.dtype)
-    both, bias = (torch.cat(parts) for parts in zip(conv1, clia1, strict=True))
-    if squeeze:
-        bias = torch.addmv(bias, both, squeeze[1])
-    d = conv1[1].shape[0]
-    size = max(1, CACHE // (x.element_size() * d * n))
-    found = []
-    for part in x.split(size) if size < b else (x,):
-        z = times(squeeze[0], part) if squeeze else part
-        z = product((both, bias), z).sigmoid_()
-        means, h = z.mean(2), z[:, :d]
-        z = product(conv2, h)
-        max2 = z.amax(2)
-        h = product(conv3, h.add_(z.sigmoid_())).sigmoid_()
-        max4 = times(conv4[0], h).amax(2).add_(conv4[1])
-        found.append((means[:, :d], max2, h.mean(2), max4, means[:, d:]))
-    return [torch.cat(vectors) for vectors in zip(*found, strict=True)] if len(found) > 1 else found[0]
+    if b == 1:
+        return pools(x.squeeze(0), convs, squeeze)
+    if torch.compiler.is_compiling():  # their number would be part of the graph
+        return pools(x, convs, squeeze)
+    size = max(1, CACHE // (x.element_size() * len(convs[0][1]) * n))
+    groups, join = (x.unbind(), torch.stack) if size == 1 else (x.split(size), torch.cat)
+    found = [pools(group, convs, squeeze) for group in groups]
+    return [join(vectors) for vectors in zip(*found, strict=True)]
+
+
+def pools(x: Tensor, convs: Sequence[Pair], squeeze: Pair | None) -> Sequence[Tensor]:
+    """The same of one group, `b c n` -> `b d` each, or of one sample, `c n` -> `d` each."""
+    conv1, conv2, conv3, (weight4, bias4), clia_conv = convs
+    share = 1 / x.shape[-1]
+    z = squeezed(squeeze, x) if squeeze else x
+    s = product(clia_conv, z).sigmoid_().sum(-1)
+    h1 = product(conv1, z).sigmoid_()
+    h2 = product(conv2, h1).sigmoid_()
+    u = h2.amax(-1).add_(h1.sum(-1), alpha=share)
+    h3 = product(conv3, h1.add_(h2)).sigmoid_()
+    max4 = times(weight4, h3).amax(-1).add_(bias4).sigmoid_()
+    return u, max4.add_(h3.sum(-1), alpha=share), s
 
 
 def cast_pair(linear: Pair, dtype: torch.dtype) -> Pair:
@@ -68,11 +81,36 @@ def cast_pair(linear: Pair, dtype: torch.dtype) -> Pair:
 
 
 def times(weight: Tensor, x: Tensor) -> Tensor:
-    """`W x` at every position: `b c n -> b d n`."""
-    return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
+    """`W x` at every position: `b c n -> b d n`, or `c n -> d n`."""
+    return torch.mm(weight, x) if x.ndim == 2 else torch.bmm(weight.expand(len(x), -1, -1), x)
 
 
 def product(linear: Pair, x: Tensor) -> Tensor:
-    """`W x + bias` at every position: `b c n -> b d n`."""
+    """`W x + bias` at every position, as `times`."""
     weight, bias = linear
-    return torch.baddbmm(bias[:, None], weight.expand(x.shape[0], -1, -1), x)
+    if x.ndim == 2:
+        return torch.addmm(bias.unsqueeze(1), weight, x)
+    return torch.baddbmm(bias.unsqueeze(1), weight.expand(len(x), -1, -1), x)
+
+
+def squeezed(linear: Pair, x: Tensor) -> Tensor:
+    """`product` of features that no cache holds: where channels are long, each of them lies on many pages of its own.
+
+    A product goes through x column by column, so it asks for a page of every channel at once.
+    """
+    weight, bias = linear
+    if x.ndim > 2 or torch.compiler.is_compiling() or x.shape[1] < LONG or x.stride(1) != 1:
+        return product(linear, x)
+    (first, rows), *others = zip(weight.split(ROWS, 1), x.split(ROWS), strict=True)
+    z = product((first, bias), rows)
+    for part, rows in others:
+        z.addmm_(part, rows)
+    return z
+
+
+def dense(v: Tensor, linear: Pair, share: float = 1) -> Tensor:
+    """`W (share · v) + bias` of `b c -> b d`, or of `c -> d`."""
+    weight, bias = linear
+    if v.ndim == 1:
+        return torch.addmv(bias, weight, v, alpha=share)
+    return torch.addmm(bias, v, weight.t(), alpha=share)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drifa_attn import MFA, functional, ops
-from drifa_attn.ops import grouped
+from drifa_attn.ops import choose, grouped
 from tests._compare import assert_no_worse, assert_same_math
 from tests.cases import perturb_
 
@@ -37,6 +37,33 @@ def test_groups_of_any_size_give_the_gate(b, n, reduction, layout, cache):
             plain = mfa.gates(x)
             exact = mfa.double().gates(x.double())
     assert_no_worse(found, plain, exact, 2)
+
+
+@given(
+    b=st.integers(1, 3),
+    channels=st.sampled_from([8, 16, 24, 40]),
+    n=st.integers(7, 12),
+    layout=st.sampled_from(["b c ...", "b ... c"]),
+)
+def test_long_channels_are_squeezed_some_at_a_time(b, channels, n, layout):
+    mfa = built(channels, reduction=2, init="identity", layout=layout)
+    x = torch.randn(b, channels, n) if layout == "b c ..." else torch.randn(b, n, channels)
+    sizes = []
+
+    def product(linear, part):
+        sizes.append(part.shape[-2])
+        return plain(linear, part)
+
+    plain = grouped.product
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "CACHE", 1)
+        patch.setattr(grouped, "LONG", 8)
+        patch.setattr(grouped, "product", product)
+        found = mfa.gates(x)
+        with ops.use("reference"):
+            exact = mfa.double().gates(x.double())
+    assert_same_math(found, exact.float(), rel=1e-5)
+    assert sizes[0] == (min(channels, grouped.ROWS) if n >= 8 and layout == "b c ..." else channels)
 
 
 def test_double_is_computed_in_double():
@@ -100,6 +127,41 @@ def test_what_needs_more_than_values_takes_another_way():
         assert ops.explain(mfa, x[:0]).path == "reference"
         mfa.hifa.conv2.register_forward_hook(lambda *_: None)
         assert ops.explain(mfa, x).path == "reference"
+
+
+@pytest.mark.parametrize(("channels", "is_grouped"), [(8, True), (choose.WIDE, True), (2 * choose.WIDE, False)])
+def test_compiled_code_without_gradients_holds_the_products_of_groups(channels, is_grouped):
+    """As far as they are narrow: `baddbmm` where the equations have convolutions."""
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    mfa, x = built(channels), torch.randn(2, channels, 3)
+    with torch.no_grad():
+        found = torch.compile(mfa, fullgraph=True, backend=keep)(x)
+        assert_same_math(found, mfa(x))
+    called = {getattr(node.target, "__name__", str(node.target)) for node in graphs[0].graph.nodes}
+    assert ("baddbmm" in called, "conv1d" in called) == (is_grouped, not is_grouped), called
+
+
+@pytest.mark.parametrize("b", [1, 3])
+def test_compiled_code_has_no_sizes_in_it(b):
+    """Neither the batch nor the positions choose what the graph is: one that was compiled for any serves any."""
+    torch._dynamo.reset()
+    mfa = built(reduction=1, init="identity")
+    compiled = torch.compile(mfa, fullgraph=True, backend="aot_eager")
+    x = torch.randn(b, 8, 30)
+    if b > 1:
+        torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 2)
+    with torch.no_grad():
+        assert_same_math(compiled(x), mfa(x))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            other = torch.randn(5 if b > 1 else 1, 8, 2**17)
+            assert_same_math(compiled(other), mfa(other))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
