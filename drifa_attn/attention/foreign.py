@@ -54,6 +54,9 @@ def unusable(spec: Spec, where: str, error: Exception) -> ValueError:
 def blended(x: Tensor, refined: Tensor, strength: Tensor) -> Tensor:
     """`x + strength · (refined − x)`; where the strength is zero, x bit for bit, negative zeros and what is not finite too."""
     y = x + strength * (refined - x)
+    if not torch.is_grad_enabled():
+        return torch.where(strength == 0, x, y).to(x.dtype)
+    # A strength of zero has a gradient, which passes where y is x already.
     kept = (strength == 0) & ((y != x) | ((x == 0) & x.signbit()))
     return torch.where(kept, x, y).to(x.dtype)
 

@@ -117,6 +117,21 @@ def test_the_equation_and_its_gradients(device):
     assert_same_math(gradient, (refined - x).sum((0, 2)).reshape(3, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_same_bits(dtype, device):
+    """In less time. A strength of zero keeps every x, also where the attention makes it infinite or no number."""
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, 3.0, -2.0])
+    x, refined = (torch.cartesian_prod(odd, odd).mT.to(device, dtype)[:, None] for _ in range(2))
+    refined = refined.flip(0)
+    for strength in (torch.tensor([[0.0]]), torch.tensor([[0.5]]), torch.tensor([[-0.0]])):
+        found = blended(x, refined, strength.to(device).requires_grad_())
+        with torch.no_grad():
+            assert_same_bits(blended(x, refined, strength.to(device)), found.detach())
+        assert found.dtype == dtype
+        if not strength.any():
+            assert_same_bits(found.detach(), x)
+
+
 def test_at_the_start_only_the_strength_is_trained(device):
     foreign, x = layer("se", device=device).train(), torch.randn(4, 16, 3, 3, device=device)
     foreign(x).square().sum().backward()
