@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from timm import layers as timm_layers
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def peer(name: str, channels: int) -> nn.Module:
 class Products(nn.Module):
     """What an MFA multiplies, and nothing else: its products over positions, then each channel by a number.
 
-    Shape: x `b c h w` -> the last products of CLIA and of HIFA, `b d n` each, and `x · alpha`.
+    Shape: x `b c h w` -> the last products of CLIA and of HIFA, `b d n` each (`d n` of one sample), and `x · alpha`.
     """
 
     def __init__(self, attention: MFA) -> None:
@@ -54,7 +55,7 @@ class Products(nn.Module):
         """The products, each as it is cheapest: narrow ones as matrices, wide ones as convolutions."""
         product, z = wide if self.squeeze is None else grouped.product, x.flatten(2)
         if self.squeeze is not None:
-            z = product(pair(self.squeeze), z)
+            z = grouped.squeezed(pair(self.squeeze), z.squeeze(0) if len(z) == 1 else z)
         h = z
         for conv in self.in_turn:
             h = product(pair(conv), h)
@@ -72,9 +73,18 @@ def layer(op: str, channels: int) -> Any:
         return Products(layer(op.removesuffix(ALONE), channels))
     if op == "MIFA":
         return MIFA(channels)
-    if op in OURS:
-        return MFA(channels, reduction=16 if op == "MFA /16" else None)
-    return peer(op, channels)
+    if op == "MFA":
+        return MFA(channels)
+    return reduced(channels) if op == "MFA /16" else peer(op, channels)
+
+
+def reduced(channels: int) -> MFA:
+    """What `wrap` puts at a site, moved off its start, where every gain is one and no mistake would show."""
+    layer = MFA(channels, reduction=16, init="identity")
+    with torch.no_grad():
+        for tensor in (*layer.expand.parameters(), *layer.buffers()):
+            tensor.add_(torch.rand_like(tensor), alpha=0.1)
+    return layer
 
 
 def setup(op: str, shape: tuple[int, ...], options: Options) -> Setup:

@@ -1,6 +1,9 @@
 """How time, memory, FLOPs and the roofline are measured, on a CPU and on a GPU."""
 
+import ctypes
 import gc
+import random
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -16,7 +19,8 @@ from torch.utils.benchmark.utils.common import TaskSpec
 from drifa_attn.network.trace import FlopCount
 
 MIB = 2**20
-SHORTEST_BLOCK = 0.02  # seconds a CPU measurement lasts at least: shorter calls are repeated within it
+SHORTEST_BLOCK = 0.001  # seconds a CPU measurement lasts at least: shorter calls are repeated within it
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in malloc.h
 FEWEST, MOST = 5, 200  # measurements of one provider
 
 
@@ -44,16 +48,33 @@ def times(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: floa
 
 
 def alternate(runs: Sequence[Callable[[], Any]], seconds: float) -> list[Times]:
-    """CPU times in alternation, one measurement of each in turn: what else the machine does then hits all of them alike."""
+    """CPU times in alternation, one measurement of each in turn: what else the machine does then hits all of them alike.
+
+    Each round has an order of its own, since what ran before decides what the caches hold.
+    """
+    keep_freed_memory()
+    order = random.Random(0)
     numbers = [max(1, round(SHORTEST_BLOCK / max(clocked(run, 1), 1e-6))) for run in runs]
     samples: list[list[float]] = [[] for _ in runs]
     start = timer()
     while len(samples[0]) < FEWEST or (timer() - start < seconds * len(runs) and len(samples[0]) < MOST):
-        for run, number, sample in zip(runs, numbers, samples, strict=True):
-            sample.append(clocked(run, number))
+        for i in order.sample(range(len(runs)), len(runs)):
+            samples[i].append(clocked(runs[i], numbers[i]))
     spec = TaskSpec("run()", setup="", num_threads=torch.get_num_threads())
     measured = (Measurement(1, sample, spec) for sample in samples)
     return [quantiles([1000 * t for t in m.times]) for m in measured]
+
+
+def keep_freed_memory() -> None:
+    """Let the C library of Linux keep the memory that it is given back.
+
+    By default it returns large blocks to the system, and every 4 KiB of the next one costs a page fault. These took up to three
+    times as long as SE, and whether a layer met them depended on what ran before it.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)) if mallopt else ():
+            mallopt(parameter, value)
 
 
 def clocked(run: Callable[[], Any], number: int) -> float:

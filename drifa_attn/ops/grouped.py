@@ -77,7 +77,7 @@ def pools(x: Tensor, convs: Sequence[Pair], squeeze: Pair | None) -> Sequence[Te
 def cast_pair(linear: Pair, dtype: torch.dtype) -> Pair:
     """Weight and bias in a dtype."""
     weight, bias = linear
-    return cast(weight, dtype), cast(bias, dtype)
+    return linear if weight.dtype == bias.dtype == dtype else (weight.to(dtype), bias.to(dtype))
 
 
 def times(weight: Tensor, x: Tensor) -> Tensor:

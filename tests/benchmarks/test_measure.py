@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 
@@ -41,6 +45,40 @@ def test_alternating_calls_are_timed_each_and_ordered():
     fast, slow = measure.alternate([lambda: small @ small, lambda: large @ large], 0.02)
     assert fast.p50 < slow.p50
     assert all(t.p20 <= t.p50 <= t.p80 for t in (fast, slow))
+
+
+def test_every_round_has_an_order_of_its_own(monkeypatch):
+    monkeypatch.setattr(measure, "SHORTEST_BLOCK", 0)
+    monkeypatch.setattr(measure, "FEWEST", 9)
+    called = []
+    measure.alternate([partial(called.append, name) for name in "abc"], 0)
+    rounds = ["".join(called[i : i + 3]) for i in range(3, len(called), 3)]  # the first three tell how long a call takes
+    assert {*map("".join, map(sorted, rounds))} == {"abc"}
+    assert len(rounds) == 9
+    assert len({*rounds}) > 1
+
+
+LOOP = """
+import resource, torch
+from benchmarks import measure
+measure.keep_freed_memory()
+x = torch.randn(2**20)
+def run():
+    y, z = x * 2, x * 3
+    del y
+    return z * 2
+for _ in range(5): run()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20): run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+def test_freed_memory_is_kept():
+    """Left alone, most processes take 3000 pages from the system again in every pass, and some none."""
+    child = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, check=True)
+    assert int(child.stdout) < 200
 
 
 def test_percentiles_are_those_of_the_samples():

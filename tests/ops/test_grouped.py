@@ -171,7 +171,7 @@ def test_vmap_and_traces_see_the_equations(monkeypatch):
     with torch.no_grad():
         assert torch.vmap(mfa)(x[:, None]).shape == (2, 1, 8, 30)
         assert torch.jit.trace(mfa, x, check_trace=False)(x).shape == x.shape
-        assert torch.export.export(mfa, (x,)).module()(x).shape == x.shape
+        assert torch.export.export(mfa, (x,), strict=False).module()(x).shape == x.shape
 
 
 def test_maps_stay_small():
