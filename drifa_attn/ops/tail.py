@@ -31,6 +31,26 @@ class Tail(NamedTuple):
         return [*self.head, *self.expand, *(() if self.alpha is None else (self.alpha,))]
 
 
+def written(outs: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """`outs`, with the values of `given` in each that is another tensor; on a GPU all are copied in one launch."""
+    copies = [(out, tensor) for out, tensor in zip(outs, given, strict=True) if out is not tensor]
+    if copies:
+        torch._foreach_copy_([out for out, _ in copies], [tensor for _, tensor in copies])
+    return list(outs)
+
+
+def in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in one dtype."""
+    return written([t if t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in tensors], tensors)
+
+
+def cast_like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each gradient in the dtype and the strides of its tensor."""
+    pairs = zip(gradients, tensors, strict=True)
+    same = [g if (g.dtype, g.stride()) == (t.dtype, t.stride()) else torch.empty_like(t) for g, t in pairs]
+    return written(same, gradients)
+
+
 def through_sigmoid(grad: Tensor, h: Tensor) -> Tensor:
     """The gradient of z where `h = σ(z)`: `grad · h · (1 − h)`."""
     return torch.ops.aten.sigmoid_backward(grad, h)
@@ -41,18 +61,18 @@ def backward(grad: Tensor, stats: Tensor, tail: Tail) -> tuple[Tensor, list[Tens
 
     Statistics are measured, not trained: they have none.
     """
-    dtype = stats.dtype
-    dense, dense_bias, conv2, conv2_bias, global_scale, local_scale = (t.to(dtype) for t in tail.head)
+    given = in_dtype([*tail.head, *tail.measured, *tail.expand, *(() if tail.alpha is None else (tail.alpha,))], stats.dtype)
+    dense, dense_bias, conv2, conv2_bias, global_scale, local_scale, *given = given
+    measured, expand = given[: len(tail.measured)], given[len(tail.measured) :][: len(tail.expand)]
     h1, h2, h3, h4, p = stats.unbind(0)
     uv = torch.cat([h1 + h2, h3 + h4], 1)
     info, q = F.linear(uv, dense, dense_bias).sigmoid(), F.linear(p, conv2, conv2_bias).sigmoid()
-    above, below, measured = info, p + q, [t.to(dtype) for t in tail.measured]
+    above, below = info, p + q
     if measured:
         above, below = (above - measured[0]) / measured[1], (below - measured[2]) / measured[3]
-    s = global_scale * above + local_scale * below
-    expand = [t.to(dtype) for t in tail.expand]
+    s = torch.addcmul(local_scale * below, global_scale, above)
     a = (F.linear(s, *expand) if expand else s).sigmoid()
-    da = through_sigmoid(grad if tail.alpha is None else grad * tail.alpha.to(dtype), a)
+    da = through_sigmoid(grad if tail.alpha is None else grad * given[-1], a)
     ds = da @ expand[0] if expand else da
     d_global, d_local = global_scale * ds, local_scale * ds
     if measured:
@@ -62,5 +82,4 @@ def backward(grad: Tensor, stats: Tensor, tail: Tail) -> tuple[Tensor, list[Tens
     gradients = [d_info.t() @ uv, d_info.sum(0), d_q.t() @ p, d_q.sum(0), (ds * above).sum()[None], (ds * below).sum(0)]
     gradients += [da.t() @ s, da.sum(0)] if expand else []
     gradients += [] if tail.alpha is None else [(grad * a).sum(0)]
-    cast = [g.to(weight.dtype) for g, weight in zip(gradients, tail.weights(), strict=True)]
-    return torch.stack([du, du, dv, dv, d_local + d_q @ conv2]), cast
+    return torch.stack([du, du, dv, dv, d_local + d_q @ conv2]), cast_like(gradients, tail.weights())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drifa_attn.ops import tail as tails
 from drifa_attn.ops.chunked import gain_of
-from drifa_attn.ops.tail import Tail, through_sigmoid
+from drifa_attn.ops.tail import Tail, cast_like, written
 
 from . import configs as config
 from .common import (
@@ -39,8 +39,6 @@ from .products import (
     Pull,
     Slot,
     back,
-    bias_sums,
-    cast_like,
     layer,
     new_map,
     rows_of,
@@ -302,15 +300,16 @@ def layerwise_core(
     layer(z, conv1, bias1, out=h1)
     layer(h1, conv2, bias2, out=h2, out_sum=h12, other=h1)
     layer(h12, conv3, bias3, out=h3)
-    sums = bias_sums(z, d)
-    layer(z, local, bias_local, slot=Slot(MEAN, sums, sums), out=ql, pull=Pull(gl))
-    db3 = back([(conv4, q4)], q3, pull=Pull(g3), h=h3)
-    db2 = back([(conv3, q3)], q2, pull=Pull(None, g2[:, None], where[0][:, None]), h=h2)
-    db1 = back([(conv2, q2), (conv3, q3)], q1, pull=Pull(g1), h=h1)
+    parts = z.new_empty(4, z.shape[0], tiles_of(z), 1, d, dtype=torch.float32)
+    layer(z, local, bias_local, slot=Slot(MEAN, parts[3], parts[3]), out=ql, pull=Pull(gl))
+    back([(conv4, q4)], q3, pull=Pull(g3), h=h3, parts=parts[2])
+    back([(conv3, q3)], q2, pull=Pull(None, g2[:, None], where[0][:, None]), h=h2, parts=parts[1])
+    back([(conv2, q2), (conv3, q3)], q1, pull=Pull(g1), h=h1, parts=parts[0])
     back([(conv1, q1), (local, ql)], dz)
+    db1, db2, db3, db_local = parts.sum((1, 2, 3))
     of_z = rows_of(z)
     pairs = ((q1, of_z), (q2, rows_of(h1)), (q3, rows_of(h12)), (q4, rows_of(h3)), (ql, of_z))
-    return [weight_gradient(q, a) for q, a in pairs], [db1, db2, db3, g4.sum(0), sums.sum((0, 1, 2))]
+    return [weight_gradient(q, a) for q, a in pairs], [db1, db2, db3, g4.sum(0), db_local]
 
 
 def mfa_backward(
@@ -332,8 +331,10 @@ def mfa_backward(
 
 def reaching_maps(grads: Tensor, stats: Tensor, n: int) -> Tensor:
     """The gradients of the maps from those of the statistics, `5 b d`: what `layerwise_core` takes."""
-    g1, g2, g3, g4, gl = grads.float().contiguous()
-    return torch.stack([g1 / n, g2, g3 / n, through_sigmoid(g4, stats[3]), gl / n])
+    reaching = grads.new_empty(grads.shape, dtype=torch.float32).copy_(grads)
+    reaching[::2].div_(n)  # of the means
+    torch.ops.aten.sigmoid_backward.grad_input(reaching[3], stats[3], grad_input=reaching[3])
+    return reaching
 
 
 def maps_backward(
@@ -360,7 +361,7 @@ def maps_backward(
         return [*dw, *db, *through]
 
     gradients = summed(samples(s) for s in sample_chunks(x, d))
-    dw, db = cast_like(gradients[:5], weights), cast_like(gradients[5:10], biases)
+    dw, db = cast_like(gradients[:5], weights), written([torch.empty_like(bias) for bias in biases], gradients[5:10])
     if squeeze_weight is None or squeeze_bias is None:
         return dx, dw, db, None, None
     dsw, dsb = cast_like(gradients[10:], [squeeze_weight, squeeze_bias])

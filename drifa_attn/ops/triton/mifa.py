@@ -10,6 +10,8 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from drifa_attn.ops.tail import cast_like
+
 from . import configs as config
 from .common import Pools, finish, higher, launch, partials, peak, precision, product, sigmoid
 from .products import (
@@ -18,7 +20,6 @@ from .products import (
     Slot,
     back,
     bias_sums,
-    cast_like,
     layer,
     new_map,
     rows_of,

@@ -296,13 +296,17 @@ def layer(
 
 
 def back(
-    pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, *, pull: Pull | None = None, h: Tensor | None = None
-) -> Tensor | None:
-    """Write the gradient through one or two layers (weight `d c`, map q) to `out`; with `h`, give that of a bias too."""
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    out: Tensor,
+    *,
+    pull: Pull | None = None,
+    h: Tensor | None = None,
+    parts: Tensor | None = None,
+) -> None:
+    """Write the gradient through one or two layers (weight `d c`, map q) to `out`; with `h`, its sums over tiles to `parts`."""
     (weight, q), (weight2, q2) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
     (b, d, n), c = q.shape, weight.shape[1]
     chosen, positions = config.product(q, c), config.positions(n)
-    parts = None if h is None else bias_sums(q, c)
     launch(
         back_kernel,
         b * triton.cdiv(n, positions) * triton.cdiv(c, chosen.rows),
@@ -328,7 +332,6 @@ def back(
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    return None if parts is None else parts.sum((0, 1, 2))
 
 
 def squeezed_map(
@@ -411,9 +414,3 @@ def squeeze_back(dz: Tensor, x: Tensor, squeeze_weight: Tensor, dx: Tensor) -> l
 def summed(gradients: Iterable[list[Tensor]]) -> list[Tensor]:
     """The sum of lists of tensors, entry by entry, in their order, in float32 where there are several."""
     return reduce(lambda total, more: [t.float() + m for t, m in zip(total, more, strict=True)], gradients)
-
-
-def cast_like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each gradient in the dtype and the strides of its tensor."""
-    pairs = zip(gradients, tensors, strict=True)
-    return [g if (g.dtype, g.stride()) == (t.dtype, t.stride()) else torch.empty_like(t).copy_(g) for g, t in pairs]
