@@ -101,10 +101,22 @@ def auto(module: nn.Module) -> Callable[..., Any]:
     return partial(switched, "auto", module)
 
 
+def auto_compiled(module: nn.Module) -> Callable[..., Any]:
+    """The same through `torch.compile`."""
+    return partial(switched, "auto", torch.compile(module, fullgraph=True, dynamic=False))
+
+
 def peers(module: nn.Module) -> Callable[..., Any]:
     """Another attention, or none, as it is."""
     return module
 
 
 # How a module can be computed. To add one, add a function that makes a module into what is called.
-PROVIDERS = {"eager": eager, "compile": compiled, "fused": fused, "auto": auto, "peers": peers}
+PROVIDERS = {
+    "eager": eager,
+    "compile": compiled,
+    "fused": fused,
+    "auto": auto,
+    "auto-compile": auto_compiled,
+    "peers": peers,
+}

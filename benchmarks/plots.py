@@ -10,12 +10,20 @@ from matplotlib.figure import Figure
 from .rows import Row, slug
 from .scaling import AXES, along, exponent
 
-COLOURS = {"eager": "#7f8c9b", "compile": "#e08214", "fused": "#2166ac", "auto": "#b2182b", "peers": "#4d9221"}
+COLOURS = {
+    "eager": "#7f8c9b",
+    "compile": "#e08214",
+    "fused": "#2166ac",
+    "auto": "#b2182b",
+    "auto-compile": "#762a83",
+    "peers": "#4d9221",
+}
 LABELS = {
     "eager": "eager",
     "compile": "torch.compile",
     "fused": "fused or chunked",
     "auto": "drifa_attn (auto)",
+    "auto-compile": "drifa_attn (auto), torch.compile",
     "peers": "timm",
 }
 MODES = {"forward": "forward", "full": "forward and backward"}

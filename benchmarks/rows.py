@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+COMPILED = ("compile", "auto-compile")  # the providers that run what torch.compile made
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Row:
     @property
     def is_void(self) -> bool:
         """Whether the row says nothing: a compiled one that shared its process with other compiled ones."""
-        return self.provider == "compile" and not self.process
+        return self.provider in COMPILED and not self.process
 
     @property
     def sizes(self) -> tuple[int, ...]:

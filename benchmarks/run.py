@@ -19,7 +19,7 @@ from . import measure
 from .cases import DTYPES, PROVIDERS, Case, Options, Setup
 from .correctness import Reference, check, leaves, like
 from .measure import MIB, tensors
-from .rows import Row, environment, write
+from .rows import COMPILED, Row, environment, write
 
 
 class Prepared(NamedTuple):
@@ -87,7 +87,7 @@ def measured(suite: str, group: Sequence[Case], mode: str, options: Options, ref
         if case.verb and mode != "forward":
             continue
         row = blank(suite, case, mode, options)
-        if case.provider == "compile" and not IS_CHILD:
+        if case.provider in COMPILED and not IS_CHILD:
             yield apart(suite, case, mode, options)
             continue
         if time.monotonic() > options.deadline:

@@ -11,7 +11,7 @@ import drifa_attn
 
 from .cases import Options
 from .layers import ALONE, RESNET18, RESNET50, stages
-from .rows import RESULTS, device_name, slug
+from .rows import COMPILED, RESULTS, device_name, slug
 from .run import run
 from .sites import SITES
 from .wrap import NETWORKS, PEERS
@@ -37,7 +37,7 @@ def on_cpu(start: Options) -> Iterator[tuple[str, Options]]:
     yield "ops", replace(start, providers=("eager", "fused"), shapes=stages(8, RESNET18[:2]), seconds=0.5)
     yield "layers", replace(start, ops=("MFA",), providers=("compile",), shapes=stages(8, RESNET18[:1]))
     one = stages(1, SITES[:1])
-    yield "sites", replace(start, providers=("compile",), modes=("forward",), shapes=one, seconds=2, threads=1)
+    yield "sites", replace(start, providers=COMPILED, modes=("forward",), shapes=one, seconds=2, threads=1)
     yield "wrap", replace(start, ops=OTHERS, providers=("auto", "peers"), modes=("forward",), seconds=0.5)
 
 

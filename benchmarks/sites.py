@@ -40,7 +40,7 @@ def cases(options: Options) -> Iterator[list[Case]]:
     """All attentions at one batch, side by side; the shape of a row is that of the first site."""
     ways = [(REDUCED, provider) for provider in ("eager", "auto")]
     ways += [(op, "peers") for op in (f"{REDUCED}{ALONE}", "SE", "ECA", "CBAM")]
-    ways += [(op, "compile") for op in (REDUCED, "SE")]
+    ways += [(REDUCED, "compile"), (REDUCED, "auto-compile"), ("SE", "compile")]
     first = (*SITES[0], SITES[0][1])
     for shape in options.sizes([(batch, *first) for batch in (1, 8)], [(batch, *first) for batch in (1, 64)]):
         if shape[1:] != first:

@@ -37,9 +37,10 @@ class Statistics(NamedTuple):
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Disables autocast on the device of `x`, so that the dtypes are those that this file states."""
-    kind = "cpu" if x.is_cpu else x.device.type  # the device takes longer to name than to test
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    if torch._C._is_any_autocast_enabled():
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 

@@ -119,8 +119,7 @@ class HIFA(nn.Module):
 
     def weights(self) -> tuple[Linear, ...]:
         """The weights in the order `functional.hifa` takes them."""
-        held = self._modules  # `self.conv1` takes as long as a small product
-        return pair(held["conv1"]), pair(held["conv2"]), pair(held["conv3"]), pair(held["conv4"]), pair(held["dense"])
+        return pair(self.conv1), pair(self.conv2), pair(self.conv3), pair(self.conv4), pair(self.dense)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The global information G `b c` of features x `b c ...`."""

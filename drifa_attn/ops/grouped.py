@@ -14,7 +14,7 @@ from torch import Tensor
 from drifa_attn import functional
 from drifa_attn.functional import Pair, Statistics, cast
 
-CACHE = 2**19  # bytes of one map of a group; measured on one core from 2**17 to 2**22
+CACHE = 2**18  # bytes a thread of one map of a group; measured on one core and on two from 2**16 to 2**21
 LONG, ROWS = 2**13, 16  # positions from which a feature is squeezed some channels at a time, and how many; measured on one core
 
 
@@ -54,7 +54,7 @@ def pooled(x: Tensor, convs: Sequence[Pair], squeeze: Pair | None) -> Sequence[T
         return pools(x.squeeze(0), convs, squeeze)
     if torch.compiler.is_compiling():  # their number would be part of the graph
         return pools(x, convs, squeeze)
-    size = max(1, CACHE // (x.element_size() * len(convs[0][1]) * n))
+    size = max(1, CACHE * torch.get_num_threads() // (x.element_size() * len(convs[0][1]) * n))
     groups, join = (x.unbind(), torch.stack) if size == 1 else (x.split(size), torch.cat)
     found = [pools(group, convs, squeeze) for group in groups]
     return [join(vectors) for vectors in zip(*found, strict=True)]

@@ -129,7 +129,10 @@ def test_the_sites_are_held_to_se_at_each_batch():
     some = [one, eight, replace(one, p50=4.0, **ours), replace(eight, p50=24.0, **ours)]
     assert against("SE there", some) == [("4 (batch 1)", "missed"), ("3 (batch 8)", "met")]
     assert "| 1 | MFA /16 | auto | 4 | 4.00 |" in report.sites(Found(some))
-    compiled = [replace(row, provider="compile", process="own", p50=2 * row.p50) for row in (some[0], some[2])]
+    compiled = [
+        replace(row, provider=provider, process="own", p50=2 * row.p50)
+        for row, provider in ((some[0], "compile"), (some[2], "auto-compile"))
+    ]
     assert against("SE there, compiled", some) == [("no row yet: run `make bench`", "")]
     assert against("SE there, compiled", [*some, compiled[0], replace(compiled[1], p50=10.0)]) == [("5 (batch 1)", "met")]
     assert against("SE there", some + compiled) == against("SE there", some)
