@@ -32,7 +32,7 @@ def on_cpu(start: Options) -> Iterator[tuple[str, Options]]:
     yield "sites", replace(start, providers=WITH_PEERS, modes=("forward",), seconds=2, threads=1)
     yield "net", replace(start, providers=LIBRARY, seconds=4)
     yield "wrap", replace(start, ops=PAIRED, providers=WITH_PEERS, modes=("forward",), seconds=3)
-    yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",), shapes=(IMAGES,), seconds=6)
+    yield "wrap", replace(start, ops=TRAINED, providers=WITH_PEERS, modes=("full",), shapes=(IMAGES,), seconds=9)
     yield "scaling", replace(start, providers=LIBRARY, seconds=0.5)
     yield "ops", replace(start, providers=("eager", "fused"), shapes=stages(8, RESNET18[:2]), seconds=0.5)
     yield "layers", replace(start, ops=("MFA",), providers=("compile",), shapes=stages(8, RESNET18[:1]))
