@@ -68,8 +68,8 @@ def alternate(runs: Sequence[Callable[[], Any]], seconds: float) -> list[Times]:
 def keep_freed_memory() -> None:
     """Let the C library of Linux keep the memory that it is given back.
 
-    By default it returns large blocks to the system, and every 4 KiB of the next one costs a page fault. These took up to three
-    times as long as SE, and whether a layer met them depended on what ran before it.
+    By default it returns large blocks to the system, and every 4 KiB of the next one costs a page fault. These take as
+    long as a light layer, and whether a layer meets them depends on what ran before it.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc

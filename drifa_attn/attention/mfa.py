@@ -311,8 +311,8 @@ class MFA(Refines, nn.Module):
         check_features("MFA", x, self.channels, self.layout, self.num_prefix_tokens)
         mask = checked_mask("MFA", mask, x, self.layout, self.num_prefix_tokens)
         z = positions(x, self.layout, self.num_prefix_tokens)
-        weights = hifa, clia, self.global_scale, (local_scale := self.local_scale)
-        way = ops.way(z, local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
+        way = ops.way(z, self.local_scale.shape[0], (*hifa, *clia, squeeze, expand), mask)
+        weights = hifa, clia, self.global_scale, self.local_scale
         maps = {"squeeze": squeeze, "expand": expand, "statistics": measured}
         return ops.mfa(z, *weights, **maps, mask=mask, alpha=alpha, way=way), way == "fused"
 
